@@ -1,0 +1,1 @@
+//! Kari deploys git repositories onto Linux nodes as native systemd services.

@@ -1,0 +1,2 @@
+//! The `kari` program: arguments, telemetry and signals; nothing else.
+fn main() {}

@@ -1,0 +1,1 @@
+//! A real control plane, real nodes and real git servers on one machine.

@@ -55,7 +55,7 @@ check-dependencies: prerequisites
 
 .PHONY: check-scripts
 check-scripts: prerequisites
-	shellcheck $(shell_files)
+	shellcheck --external-sources $(shell_files)
 	yamllint --strict $$(git ls-files '*.yaml' '*.yml' .yamllint)
 
 .PHONY: check-generated

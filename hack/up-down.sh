@@ -16,9 +16,10 @@ trap '[[ ! -d $dir/testbed ]] || testbed down --dir "$dir/testbed"; rm -rf "$dir
 milliseconds() { date +%s%3N; }
 
 # What a testbed makes and must take away. Processes are known by what they
-# work on: the testbed's folder is in their arguments or is their root.
+# work on: the testbed's folder is in their arguments.
 leftovers() {
-    grep -sl --null-data --fixed-strings "$dir/testbed" /proc/[0-9]*/cmdline || true
+    # The folder's name comes from a file, or grep would find itself.
+    grep -sl -F -f "$dir/name" /proc/[0-9]*/cmdline || true
     grep --fixed-strings "$dir/testbed" /proc/mounts || true
     find /sys/fs/cgroup -type d | sort | comm -13 "$dir/cgroups" - || true
     ip netns list 2>/dev/null | sort | comm -13 "$dir/networks" - || true
@@ -26,6 +27,7 @@ leftovers() {
     [[ ! -e $dir/testbed ]] || echo "$dir/testbed"
 }
 
+echo "$dir/testbed" >"$dir/name"
 find /sys/fs/cgroup -type d | sort >"$dir/cgroups"
 ip netns list 2>/dev/null | sort >"$dir/networks"
 ip -brief link | cut -d' ' -f1 | sort >"$dir/links"

@@ -78,13 +78,22 @@ install() {
     local nginx_was_there=1
     command -v nginx >/dev/null || nginx_was_there=0
     refuse_service_starts
-    apt-get update -qq >&2
-    apt-get install -qq -y --no-install-recommends "$@" >&2 </dev/null
+    quietly apt-get update
+    quietly apt-get install -y --no-install-recommends "$@"
     if ((nginx_was_there == 0)); then
         # Only its program is wanted. Left enabled, it would hold port 80 of
         # this machine from the next boot on.
         systemctl disable --quiet nginx.service >/dev/null 2>&1 || true
     fi
+}
+
+# Runs a command without its output, unless it fails.
+quietly() {
+    local output
+    output=$("$@" 2>&1 </dev/null) || {
+        printf '%s\n%s failed\n' "$output" "$*" >&2
+        exit 1
+    }
 }
 
 # Debian starts a service when its package is installed, unless this file says no.

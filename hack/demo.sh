@@ -82,7 +82,8 @@ cat <<END
    testbed git hello-python $app --dir $testbed_dir
    kubectl annotate kd/hello-python --overwrite kari.dev/requestedAt=\$(date +%s)
 
-   # break it: with a syntax error the build fails, and the old release keeps serving
+   # (with a syntax error the build fails, says why, and the old release keeps serving)
+
    kubectl delete kd hello-python                      # and the nodes are as they were
 END
 sleep infinity &

@@ -104,7 +104,8 @@ follow_rollout() {
 
 # A line for each: who, and where it is.
 rollout_state() {
-    kubectl get "kd/$1" -o jsonpath='{"Deployment "}{.status.conditions[?(@.type=="Ready")].reason}{", nodes ready: "}{.status.nodes.summary}{"\n"}'
+    kubectl get "kd/$1" -o jsonpath='{"Deployment "}{.status.conditions[?(@.type=="Ready")].reason}{", "}{.status.nodes.summary}{" nodes ready"}{"\n"}' |
+        sed '/^Deployment ,/d' # no status yet
     kubectl get krel -o jsonpath='{range .items[?(@.spec.deployment=="'"$1"'")]}{.spec.nodeName}{" "}{.status.phase}{" "}{.status.attempt.failure.message}{"\n"}{end}'
 }
 

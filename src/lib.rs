@@ -3,4 +3,5 @@
 //!
 //! In reading order: `api` is the contract.
 
+pub mod agent;
 pub mod api;

@@ -108,14 +108,18 @@ impl Setting {
             Value::Seconds(seconds) => seconds.to_string(),
             Value::CpuMillis(millis) => format!("{}.{}%", millis / 10, millis % 10),
             Value::Mask(mask) => format!("{mask:04o}"),
-            Value::Capabilities(set) => {
-                set.iter().map(|capability| format!("{capability:?}")).collect::<Vec<_>>().join(" ")
-            }
+            Value::Capabilities(set) => set
+                .iter()
+                .map(|capability| format!("{capability:?}"))
+                .collect::<Vec<_>>()
+                .join(" "),
             Value::NoRootLocked => "noroot-locked".to_owned(),
             Value::NotPermitted => "EPERM".to_owned(),
-            Value::Networks(networks) => {
-                networks.iter().map(|(address, length)| format!("{address}/{length}")).collect::<Vec<_>>().join(" ")
-            }
+            Value::Networks(networks) => networks
+                .iter()
+                .map(|(address, length)| format!("{address}/{length}"))
+                .collect::<Vec<_>>()
+                .join(" "),
             Value::Mount(path, options) => format!("{path}:{options}"),
             Value::Bind(from, to) => format!("{from}:{to}"),
             Value::EnvironmentFile(path) => path.clone(),
@@ -131,7 +135,10 @@ pub fn build_jail() -> Vec<Setting> {
     settings.extend([
         Setting::new("Slice", text("kari-builds.slice")),
         Setting::new("UMask", Value::Mask(0o022)),
-        Setting::new("SystemCallFilter", Value::Allow(words(&["@system-service"]))),
+        Setting::new(
+            "SystemCallFilter",
+            Value::Allow(words(&["@system-service"])),
+        ),
         // Builds give way to services.
         Setting::new("CPUWeight", Value::Number(50)),
         Setting::new("IOWeight", Value::Number(50)),
@@ -148,7 +155,12 @@ pub const LARGEST_FILE_BYTES: u64 = 4 << 30;
 /// What a service runs in, with the exceptions that its spec names.
 pub fn service_jail(sandbox: Option<&Sandbox>) -> Vec<Setting> {
     let default = Sandbox::default();
-    let Sandbox { writable_paths, address_families, capabilities, deny } = sandbox.unwrap_or(&default);
+    let Sandbox {
+        writable_paths,
+        address_families,
+        capabilities,
+        deny,
+    } = sandbox.unwrap_or(&default);
     let nice = capabilities.contains(&Capability::CAP_SYS_NICE);
 
     let mut settings = shared(AllOf {
@@ -159,16 +171,25 @@ pub fn service_jail(sandbox: Option<&Sandbox>) -> Vec<Setting> {
     settings.extend([
         Setting::new("Slice", text("kari-apps.slice")),
         Setting::new("UMask", Value::Mask(0o077)),
-        Setting::new("SystemCallFilter", Value::Allow(words(&["@system-service"]))),
+        Setting::new(
+            "SystemCallFilter",
+            Value::Allow(words(&["@system-service"])),
+        ),
         // @resources holds what CAP_SYS_NICE is for.
         Setting::new(
             "SystemCallFilter",
-            Value::Refuse(words(if nice { &["@privileged"] } else { &["@privileged", "@resources"] })),
+            Value::Refuse(words(if nice {
+                &["@privileged"]
+            } else {
+                &["@privileged", "@resources"]
+            })),
         ),
     ]);
     for denial in deny {
         match denial {
-            Denial::JIT => settings.push(Setting::new("MemoryDenyWriteExecute", Value::Switch(true))),
+            Denial::JIT => {
+                settings.push(Setting::new("MemoryDenyWriteExecute", Value::Switch(true)))
+            }
         }
     }
     if !writable_paths.is_empty() {
@@ -189,12 +210,21 @@ struct AllOf {
     realtime: bool,
 }
 
-fn shared(AllOf { capabilities, families, realtime }: AllOf) -> Vec<Setting> {
+fn shared(
+    AllOf {
+        capabilities,
+        families,
+        realtime,
+    }: AllOf,
+) -> Vec<Setting> {
     let families = if families.is_empty() {
         // AF_NETLINK: without it node, ruby and Go cannot list the addresses of the machine.
         words(&["AF_UNIX", "AF_INET", "AF_INET6", "AF_NETLINK"])
     } else {
-        families.iter().map(|family| format!("{family:?}")).collect()
+        families
+            .iter()
+            .map(|family| format!("{family:?}"))
+            .collect()
     };
     let on = |name| Setting::new(name, Value::Switch(true));
     let off = |name| Setting::new(name, Value::Switch(false));
@@ -207,7 +237,10 @@ fn shared(AllOf { capabilities, families, realtime }: AllOf) -> Vec<Setting> {
         // Privileges.
         on("NoNewPrivileges"),
         Setting::new("PrivateUsers", Value::Switch(capabilities.is_empty())),
-        Setting::new("CapabilityBoundingSet", Value::Capabilities(capabilities.clone())),
+        Setting::new(
+            "CapabilityBoundingSet",
+            Value::Capabilities(capabilities.clone()),
+        ),
         Setting::new("AmbientCapabilities", Value::Capabilities(capabilities)),
         Setting::new("SecureBits", Value::NoRootLocked),
         on("RestrictSUIDSGID"),
@@ -235,7 +268,10 @@ fn shared(AllOf { capabilities, families, realtime }: AllOf) -> Vec<Setting> {
         Setting::new("InaccessiblePaths", Value::Words(words(&HIDDEN_PATHS))),
         Setting::new("TemporaryFileSystem", mount("/var/lib/kari", "ro,mode=755")),
         // /dev is the jail's own, but its shm would be the node's.
-        Setting::new("TemporaryFileSystem", mount("/dev/shm", "mode=1777,nosuid,nodev")),
+        Setting::new(
+            "TemporaryFileSystem",
+            mount("/dev/shm", "mode=1777,nosuid,nodev"),
+        ),
         // What it may ask the kernel.
         Setting::new("RestrictAddressFamilies", Value::Allow(families)),
         Setting::new("SystemCallArchitectures", Value::Words(words(&["native"]))),
@@ -265,7 +301,10 @@ const HIDDEN_PATHS: [&str; 9] = [
 /// as resolvers of nodes live in the same networks.
 const CLOUD_METADATA: [(IpAddr, u8); 2] = [
     (IpAddr::V4(std::net::Ipv4Addr::new(169, 254, 169, 254)), 32),
-    (IpAddr::V6(std::net::Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)), 128),
+    (
+        IpAddr::V6(std::net::Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+        128,
+    ),
 ];
 
 fn text(text: &str) -> Value {
@@ -294,27 +333,48 @@ mod tests {
         let default = lines(&service_jail(None));
         let changed = |sandbox: Sandbox| {
             let now = lines(&service_jail(Some(&sandbox)));
-            let gone: Vec<_> = default.iter().filter(|line| !now.contains(line)).cloned().collect();
-            let new: Vec<_> = now.iter().filter(|line| !default.contains(line)).cloned().collect();
+            let gone: Vec<_> = default
+                .iter()
+                .filter(|line| !now.contains(line))
+                .cloned()
+                .collect();
+            let new: Vec<_> = now
+                .iter()
+                .filter(|line| !default.contains(line))
+                .cloned()
+                .collect();
             (gone, new)
         };
 
         assert_eq!(changed(Sandbox::default()), (vec![], vec![]));
         assert_eq!(
-            changed(Sandbox { writable_paths: vec![WritablePath("/srv/a".into()), WritablePath("/srv/b".into())], ..Sandbox::default() }),
+            changed(Sandbox {
+                writable_paths: vec![WritablePath("/srv/a".into()), WritablePath("/srv/b".into())],
+                ..Sandbox::default()
+            }),
             (vec![], vec!["ReadWritePaths=/srv/a /srv/b".into()])
         );
         assert_eq!(
-            changed(Sandbox { address_families: vec![AddressFamily::AF_INET], ..Sandbox::default() }),
+            changed(Sandbox {
+                address_families: vec![AddressFamily::AF_INET],
+                ..Sandbox::default()
+            }),
             (
                 vec!["RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK".into()],
                 vec!["RestrictAddressFamilies=AF_INET".into()]
             )
         );
         assert_eq!(
-            changed(Sandbox { capabilities: vec![Capability::CAP_NET_BIND_SERVICE], ..Sandbox::default() }),
+            changed(Sandbox {
+                capabilities: vec![Capability::CAP_NET_BIND_SERVICE],
+                ..Sandbox::default()
+            }),
             (
-                vec!["PrivateUsers=yes".into(), "CapabilityBoundingSet=".into(), "AmbientCapabilities=".into()],
+                vec![
+                    "PrivateUsers=yes".into(),
+                    "CapabilityBoundingSet=".into(),
+                    "AmbientCapabilities=".into()
+                ],
                 vec![
                     "PrivateUsers=no".into(),
                     "CapabilityBoundingSet=CAP_NET_BIND_SERVICE".into(),
@@ -322,10 +382,20 @@ mod tests {
                 ]
             )
         );
-        let (_, nice) = changed(Sandbox { capabilities: vec![Capability::CAP_SYS_NICE], ..Sandbox::default() });
-        assert!(nice.contains(&"RestrictRealtime=no".to_owned()) && nice.contains(&"SystemCallFilter=~@privileged".to_owned()), "{nice:?}");
+        let (_, nice) = changed(Sandbox {
+            capabilities: vec![Capability::CAP_SYS_NICE],
+            ..Sandbox::default()
+        });
+        assert!(
+            nice.contains(&"RestrictRealtime=no".to_owned())
+                && nice.contains(&"SystemCallFilter=~@privileged".to_owned()),
+            "{nice:?}"
+        );
         assert_eq!(
-            changed(Sandbox { deny: vec![Denial::JIT], ..Sandbox::default() }),
+            changed(Sandbox {
+                deny: vec![Denial::JIT],
+                ..Sandbox::default()
+            }),
             (vec![], vec!["MemoryDenyWriteExecute=yes".into()])
         );
     }
@@ -336,6 +406,9 @@ mod tests {
         assert!(!build.iter().any(|line| line.contains("@privileged")));
         assert!(build.contains(&"Slice=kari-builds.slice".to_owned()));
         assert!(build.contains(&"CPUWeight=50".to_owned()));
-        assert!(build.contains(&"CapabilityBoundingSet=".to_owned()), "an empty set is written, not left out");
+        assert!(
+            build.contains(&"CapabilityBoundingSet=".to_owned()),
+            "an empty set is written, not left out"
+        );
     }
 }

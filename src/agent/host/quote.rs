@@ -32,22 +32,30 @@ pub enum QuoteError {
         what: String,
     },
     /// The kernel refuses it.
-    #[error("{what} is longer than {LONGEST_WORD_BYTES} bytes, which no program can be given: put it into a file")]
+    #[error(
+        "{what} is longer than {LONGEST_WORD_BYTES} bytes, which no program can be given: put it into a file"
+    )]
     TooLong {
         /// Which word or variable.
         what: String,
     },
     /// systemd refuses it.
-    #[error("the command is longer than {LONGEST_LINE_BYTES} bytes when quoted: put its arguments into a file")]
+    #[error(
+        "the command is longer than {LONGEST_LINE_BYTES} bytes when quoted: put its arguments into a file"
+    )]
     CommandTooLong,
     /// systemd drops such a variable without a word.
-    #[error("{name:?} is not the name of a variable: letters, digits and '_', not starting with a digit")]
+    #[error(
+        "{name:?} is not the name of a variable: letters, digits and '_', not starting with a digit"
+    )]
     VariableName {
         /// The name.
         name: String,
     },
     /// A path of the node that would need quoting.
-    #[error("{path:?} is not usable in a unit: an absolute path of letters, digits, '.', '_', '-' and '/', without '..'")]
+    #[error(
+        "{path:?} is not usable in a unit: an absolute path of letters, digits, '.', '_', '-' and '/', without '..'"
+    )]
     Path {
         /// The path.
         path: String,
@@ -135,11 +143,17 @@ pub fn shell_words(words: &[String]) -> Result<String, QuoteError> {
 
 /// A path of the node as a unit can say it without quotes.
 pub fn plain_path(path: &Path) -> Result<&str, QuoteError> {
-    let refused = || QuoteError::Path { path: path.display().to_string() };
+    let refused = || QuoteError::Path {
+        path: path.display().to_string(),
+    };
     let text = path.to_str().ok_or_else(refused)?;
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'/');
     let normal = text.starts_with('/') && !text.split('/').any(|part| part == "..");
-    if normal && text.bytes().all(plain) { Ok(text) } else { Err(refused()) }
+    if normal && text.bytes().all(plain) {
+        Ok(text)
+    } else {
+        Err(refused())
+    }
 }
 
 /// Whether systemd would expand `$` where the word goes.
@@ -176,15 +190,23 @@ fn check_word(word: &str, what: impl Fn() -> String) -> Result<(), QuoteError> {
 
 fn check_variable(name: &str, value: &str) -> Result<(), QuoteError> {
     let mut bytes = name.bytes();
-    let first = bytes.next().is_some_and(|b| b.is_ascii_alphabetic() || b == b'_');
+    let first = bytes
+        .next()
+        .is_some_and(|b| b.is_ascii_alphabetic() || b == b'_');
     if !first || !bytes.all(|b| b.is_ascii_alphanumeric() || b == b'_') {
-        return Err(QuoteError::VariableName { name: name.to_owned() });
+        return Err(QuoteError::VariableName {
+            name: name.to_owned(),
+        });
     }
     if value.contains('\0') {
-        return Err(QuoteError::Nul { what: format!("the variable {name}") });
+        return Err(QuoteError::Nul {
+            what: format!("the variable {name}"),
+        });
     }
     if name.len() + 1 + value.len() > LONGEST_WORD_BYTES {
-        return Err(QuoteError::TooLong { what: format!("the variable {name}") });
+        return Err(QuoteError::TooLong {
+            what: format!("the variable {name}"),
+        });
     }
     Ok(())
 }
@@ -208,27 +230,63 @@ mod tests {
             ("$HOME ${X}", r#""$$HOME $${X}""#),
             (r#"say "hi"\"#, r#""say \"hi\"\\""#),
             (";", r#"";""#),
-            ("a\nExecStopPost=+/bin/sh", r#""a\x0aExecStopPost=+/bin/sh""#),
+            (
+                "a\nExecStopPost=+/bin/sh",
+                r#""a\x0aExecStopPost=+/bin/sh""#,
+            ),
             ("ä\u{7f}", r#""\xc3\xa4\x7f""#),
         ] {
-            assert_eq!(exec_line("/usr/bin/env", &words(&[word])), Ok(format!("/usr/bin/env {quoted}")), "{word:?}");
+            assert_eq!(
+                exec_line("/usr/bin/env", &words(&[word])),
+                Ok(format!("/usr/bin/env {quoted}")),
+                "{word:?}"
+            );
         }
-        assert_eq!(exec_arguments(&words(&["$A", "%n", "a b"])), Ok(words(&["$$A", "%n", "a b"])));
-        assert_eq!(environment_assignment("A", "1 $B %n \"x\""), Ok(r#""A=1 $B %%n \"x\"""#.to_owned()));
-        assert_eq!(shell_words(&words(&["it's", "$x", ""])), Ok(r"'it'\''s' '$x' ''".to_owned()));
+        assert_eq!(
+            exec_arguments(&words(&["$A", "%n", "a b"])),
+            Ok(words(&["$$A", "%n", "a b"]))
+        );
+        assert_eq!(
+            environment_assignment("A", "1 $B %n \"x\""),
+            Ok(r#""A=1 $B %%n \"x\"""#.to_owned())
+        );
+        assert_eq!(
+            shell_words(&words(&["it's", "$x", ""])),
+            Ok(r"'it'\''s' '$x' ''".to_owned())
+        );
     }
 
     #[test]
     fn what_no_program_can_be_given_is_refused_with_its_place() {
         let nul = exec_line("/usr/bin/env", &words(&["a", "b\0c"]));
-        assert_eq!(nul, Err(QuoteError::Nul { what: "word 2 of the command".to_owned() }));
+        assert_eq!(
+            nul,
+            Err(QuoteError::Nul {
+                what: "word 2 of the command".to_owned()
+            })
+        );
         let long = "x".repeat(LONGEST_WORD_BYTES + 1);
-        assert!(matches!(exec_arguments(std::slice::from_ref(&long)), Err(QuoteError::TooLong { .. })));
-        assert!(matches!(environment_file([("A", long.as_str())]), Err(QuoteError::TooLong { .. })));
+        assert!(matches!(
+            exec_arguments(std::slice::from_ref(&long)),
+            Err(QuoteError::TooLong { .. })
+        ));
+        assert!(matches!(
+            environment_file([("A", long.as_str())]),
+            Err(QuoteError::TooLong { .. })
+        ));
         let many = vec!["\u{1}".repeat(100_000); 2];
-        assert_eq!(exec_line("/usr/bin/env", &many), Err(QuoteError::CommandTooLong));
+        assert_eq!(
+            exec_line("/usr/bin/env", &many),
+            Err(QuoteError::CommandTooLong)
+        );
         for name in ["", "1X", "a-b", "A=B", "A\nB", "Ä"] {
-            assert!(matches!(environment_file([(name, "")]), Err(QuoteError::VariableName { .. })), "{name:?}");
+            assert!(
+                matches!(
+                    environment_file([(name, "")]),
+                    Err(QuoteError::VariableName { .. })
+                ),
+                "{name:?}"
+            );
         }
         for program in [&[][..], &["", "x"], &["A=1", "x"]] {
             assert_eq!(check_program(&words(program)), Err(QuoteError::NoProgram));
@@ -273,7 +331,10 @@ mod tests {
                 let (byte, used) = match &bytes[at..] {
                     [b'\\', b'x', high, low, ..] => {
                         let digits = [*high, *low];
-                        (u8::from_str_radix(std::str::from_utf8(&digits).unwrap(), 16).unwrap(), 4)
+                        (
+                            u8::from_str_radix(std::str::from_utf8(&digits).unwrap(), 16).unwrap(),
+                            4,
+                        )
                     }
                     [b'\\', escaped, ..] => (*escaped, 2),
                     [b'%', b'%', ..] => (b'%', 2),

@@ -306,7 +306,9 @@ pub enum RecordError {
     #[error("it is not a record of this agent's: {0}")]
     Malformed(#[source] serde_json::Error),
     /// Another version of Kari wrote it.
-    #[error("it has version {found}, and this agent reads version {RECORD_VERSION}: run the agent that wrote it, or remove the app with it first")]
+    #[error(
+        "it has version {found}, and this agent reads version {RECORD_VERSION}: run the agent that wrote it, or remove the app with it first"
+    )]
     Version {
         /// The version it has.
         found: u32,

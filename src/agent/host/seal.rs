@@ -42,7 +42,9 @@ pub enum SealError {
         key: BuildKey,
     },
     /// `source.git.directory` is no folder of the tree.
-    #[error("source.git.directory {directory:?} is not a folder of the commit; links that lead out of the repository do not count")]
+    #[error(
+        "source.git.directory {directory:?} is not a folder of the commit; links that lead out of the repository do not count"
+    )]
     DirectoryNotFound {
         /// As the spec has it.
         directory: String,
@@ -70,7 +72,10 @@ pub fn seal(folder: &AppFolder, key: &BuildKey, build_try: u32) -> Result<PathBu
     own_tree(&root, &source)?;
     // Before the rename: a power cut must not leave a name without its data.
     rustix::fs::syncfs(&root).map_err(wrong(&source))?;
-    std::fs::rename(&source, &tree).map_err(|source| SealError::Io { path: tree.clone(), source })?;
+    std::fs::rename(&source, &tree).map_err(|source| SealError::Io {
+        path: tree.clone(),
+        source,
+    })?;
     sync_folder(&folder.path().join("builds"))?;
     folder.store().trash(&stage.path)?;
     Ok(tree)
@@ -80,20 +85,33 @@ pub fn seal(folder: &AppFolder, key: &BuildKey, build_try: u32) -> Result<PathBu
 pub fn resolve_beneath(tree: &Path, directory: Option<&str>) -> Result<(), SealError> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::open(tree, flags, Mode::empty()).map_err(wrong(tree))?;
-    let Some(directory) = directory.filter(|directory| !directory.is_empty()) else { return Ok(()) };
+    let Some(directory) = directory.filter(|directory| !directory.is_empty()) else {
+        return Ok(());
+    };
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
     match rustix::fs::openat2(&root, directory, flags, Mode::empty(), resolve) {
         Ok(_) => Ok(()),
         // Missing, not a folder, out of the tree, a loop of links, not a path at all.
-        Err(Errno::NOENT | Errno::NOTDIR | Errno::XDEV | Errno::LOOP | Errno::INVAL | Errno::NAMETOOLONG | Errno::ACCESS) => {
-            Err(SealError::DirectoryNotFound { directory: directory.to_owned() })
-        }
+        Err(
+            Errno::NOENT
+            | Errno::NOTDIR
+            | Errno::XDEV
+            | Errno::LOOP
+            | Errno::INVAL
+            | Errno::NAMETOOLONG
+            | Errno::ACCESS,
+        ) => Err(SealError::DirectoryNotFound {
+            directory: directory.to_owned(),
+        }),
         Err(errno) => Err(wrong(&tree.join(directory))(errno)),
     }
 }
 
 fn wrong(path: &Path) -> impl Fn(Errno) -> SealError {
-    move |errno| SealError::Io { path: path.to_owned(), source: errno.into() }
+    move |errno| SealError::Io {
+        path: path.to_owned(),
+        source: errno.into(),
+    }
 }
 
 /// Gives the whole tree to root: folders that are still to be walked are kept as paths, so that neither
@@ -129,14 +147,24 @@ fn own_entry(folder: &OwnedFd, name: &OsStr) -> Result<Entry, Errno> {
     let kind = FileType::from_raw_mode(stat.st_mode);
     match kind {
         // Nothing that runs can use them, and to open one can block for ever.
-        FileType::Fifo | FileType::Socket | FileType::CharacterDevice | FileType::BlockDevice | FileType::Unknown => {
+        FileType::Fifo
+        | FileType::Socket
+        | FileType::CharacterDevice
+        | FileType::BlockDevice
+        | FileType::Unknown => {
             rustix::fs::unlinkat(folder, name, AtFlags::empty())?;
             return Ok(Entry::Other);
         }
         FileType::RegularFile | FileType::Directory | FileType::Symlink => {}
     }
     if !is_owned(&stat) {
-        rustix::fs::chownat(folder, name, Some(Uid::ROOT), Some(Gid::ROOT), AtFlags::SYMLINK_NOFOLLOW)?;
+        rustix::fs::chownat(
+            folder,
+            name,
+            Some(Uid::ROOT),
+            Some(Gid::ROOT),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )?;
     }
     if kind == FileType::Symlink {
         return Ok(Entry::Other);
@@ -146,7 +174,11 @@ fn own_entry(folder: &OwnedFd, name: &OsStr) -> Result<Entry, Errno> {
     if !is_owned(&stat) || Mode::from_raw_mode(stat.st_mode) != mode {
         rustix::fs::chmodat(folder, name, mode, AtFlags::empty())?;
     }
-    Ok(if kind == FileType::Directory { Entry::Folder } else { Entry::Other })
+    Ok(if kind == FileType::Directory {
+        Entry::Folder
+    } else {
+        Entry::Other
+    })
 }
 
 fn is_owned(stat: &Stat) -> bool {
@@ -157,7 +189,11 @@ fn is_owned(stat: &Stat) -> bool {
 fn sealed_mode(stat: &Stat) -> Mode {
     let bits = stat.st_mode & 0o777;
     let folder = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
-    let executable = if folder || bits & 0o111 != 0 { 0o111 } else { 0 };
+    let executable = if folder || bits & 0o111 != 0 {
+        0o111
+    } else {
+        0
+    };
     Mode::from_raw_mode((bits | 0o444 | executable) & !0o022)
 }
 
@@ -168,7 +204,13 @@ fn open_beneath(root: &OwnedFd, relative: &Path) -> Result<OwnedFd, Errno> {
     const PIECE_BYTES: usize = 3800;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let open = |at: &OwnedFd, piece: &Path| {
-        rustix::fs::openat2(at, piece, flags, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS)
+        rustix::fs::openat2(
+            at,
+            piece,
+            flags,
+            Mode::empty(),
+            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS,
+        )
     };
     let mut at = open(root, Path::new("."))?;
     let mut piece = PathBuf::new();
@@ -179,7 +221,11 @@ fn open_beneath(root: &OwnedFd, relative: &Path) -> Result<OwnedFd, Errno> {
             piece.clear();
         }
     }
-    if piece.as_os_str().is_empty() { Ok(at) } else { open(&at, &piece) }
+    if piece.as_os_str().is_empty() {
+        Ok(at)
+    } else {
+        open(&at, &piece)
+    }
 }
 
 #[cfg(test)]
@@ -208,7 +254,12 @@ mod tests {
         folder.create().unwrap();
         let key = BuildKey::of(b"build");
         let stage = folder.create_stage(&key, 0, BUILDER, None).unwrap();
-        Fixture { _root: root, folder, key, stage }
+        Fixture {
+            _root: root,
+            folder,
+            key,
+            stage,
+        }
     }
 
     fn put(path: &Path, mode: u32) {
@@ -224,7 +275,12 @@ mod tests {
 
     #[test]
     fn a_sealed_tree_is_roots_readable_and_closed_to_writers() {
-        let Fixture { _root, folder, key, stage } = fixture();
+        let Fixture {
+            _root,
+            folder,
+            key,
+            stage,
+        } = fixture();
         let source = stage.source();
         put(&source.join("secret"), 0o600);
         put(&source.join("open"), 0o666);
@@ -246,7 +302,7 @@ mod tests {
             ("secret", 0o644),
             ("open", 0o644),
             ("tool", 0o755),
-            ("closed", 0o755),
+            ("closed", 0o555),
             ("closed/inner\nname", 0o755),
             ("closed/hard", 0o644),
         ] {
@@ -254,14 +310,23 @@ mod tests {
         }
         assert_eq!(owner_and_mode(&tree), (0, 0o755));
         assert_eq!(owner_and_mode(&tree.join("link")).0, 0);
-        assert_eq!(owner_and_mode(Path::new("/etc/hostname")), outside, "a link is not followed");
+        assert_eq!(
+            owner_and_mode(Path::new("/etc/hostname")),
+            outside,
+            "a link is not followed"
+        );
         assert!(!tree.join("fifo").exists() && !tree.join("socket").exists());
         assert!(!stage.path.exists());
     }
 
     #[test]
     fn a_seal_that_was_cut_short_is_finished_and_a_finished_one_stays() {
-        let Fixture { _root, folder, key, stage } = fixture();
+        let Fixture {
+            _root,
+            folder,
+            key,
+            stage,
+        } = fixture();
         put(&stage.source().join("a"), 0o600);
         // As after a kill in the middle: some of it is root's already, the temporary folder is gone.
         chown(stage.source(), Some(0), Some(0)).unwrap();
@@ -280,21 +345,49 @@ mod tests {
 
     #[test]
     fn without_a_stage_there_is_nothing_to_seal() {
-        let Fixture { _root, folder, stage: _, key: _ } = fixture();
+        let Fixture {
+            _root,
+            folder,
+            stage: _,
+            key: _,
+        } = fixture();
         let key = BuildKey::of(b"another");
-        assert!(matches!(seal(&folder, &key, 0), Err(SealError::NothingToSeal { .. })));
+        assert!(matches!(
+            seal(&folder, &key, 0),
+            Err(SealError::NothingToSeal { .. })
+        ));
     }
 
     #[test]
     fn a_tree_that_is_deeper_than_a_path_is_long_is_sealed() {
-        let Fixture { _root, folder, key, stage } = fixture();
-        let mut at = rustix::fs::open(stage.source(), OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        let Fixture {
+            _root,
+            folder,
+            key,
+            stage,
+        } = fixture();
+        let mut at = rustix::fs::open(
+            stage.source(),
+            OFlags::RDONLY | OFlags::DIRECTORY,
+            Mode::empty(),
+        )
+        .unwrap();
         for _ in 0..3000 {
             rustix::fs::mkdirat(&at, "deep", Mode::RUSR | Mode::WUSR | Mode::XUSR).unwrap();
-            at = rustix::fs::openat(&at, "deep", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
+            at = rustix::fs::openat(
+                &at,
+                "deep",
+                OFlags::RDONLY | OFlags::DIRECTORY,
+                Mode::empty(),
+            )
+            .unwrap();
         }
         seal(&folder, &key, 0).unwrap();
-        assert_eq!(rustix::fs::fstat(&at).unwrap().st_mode & 0o777, 0o755, "the deepest folder is sealed");
+        assert_eq!(
+            rustix::fs::fstat(&at).unwrap().st_mode & 0o777,
+            0o755,
+            "the deepest folder is sealed"
+        );
         folder.store().trash(&folder.build(&key)).unwrap();
         folder.store().empty_trash().unwrap();
     }
@@ -309,12 +402,24 @@ mod tests {
         symlink("../..", tree.join("out")).unwrap();
         symlink("/etc", tree.join("etc")).unwrap();
         symlink("loop", tree.join("loop")).unwrap();
-        for directory in [None, Some("."), Some("services/shop"), Some("inside/shop"), Some("services/../services")] {
-            resolve_beneath(&tree, directory).unwrap_or_else(|error| panic!("{directory:?}: {error}"));
+        for directory in [
+            None,
+            Some("."),
+            Some("services/shop"),
+            Some("inside/shop"),
+            Some("services/../services"),
+        ] {
+            resolve_beneath(&tree, directory)
+                .unwrap_or_else(|error| panic!("{directory:?}: {error}"));
         }
-        for directory in ["missing", "file", "out", "etc", "loop", "..", "/etc", "a\0b"] {
+        for directory in [
+            "missing", "file", "out", "etc", "loop", "..", "/etc", "a\0b",
+        ] {
             let refused = resolve_beneath(&tree, Some(directory));
-            assert!(matches!(refused, Err(SealError::DirectoryNotFound { .. })), "{directory}: {refused:?}");
+            assert!(
+                matches!(refused, Err(SealError::DirectoryNotFound { .. })),
+                "{directory}: {refused:?}"
+            );
         }
     }
 }

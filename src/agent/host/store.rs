@@ -31,7 +31,7 @@ use uuid::Uuid;
 
 pub use app::{AppFolder, Contents, LOG_LIMIT_BYTES, LOG_TAIL_BYTES, References, Stage, garbage};
 pub(super) use durable::{names_of, sync_folder, write as write_durably};
-pub use unit_files::UnitFiles;
+pub use unit_files::{FOLDER as UNIT_FOLDER, UnitFiles};
 
 use super::records::RecordError;
 use crate::api::names::AppName;
@@ -78,7 +78,11 @@ pub enum StoreError {
 
 impl StoreError {
     fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io { action, path: path.to_owned(), source }
+        move |source| Self::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
     }
 }
 
@@ -95,13 +99,26 @@ impl Store {
     pub fn open(root: &Path) -> Result<Self, StoreError> {
         durable::make_folder(root, 0o755, None)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let folder = rustix::fs::open(root, flags, Mode::empty()).map_err(|e| StoreError::io("open", root)(e.into()))?;
-        rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive).map_err(|errno| match errno {
-            Errno::WOULDBLOCK => StoreError::Locked { path: root.to_owned() },
-            errno => StoreError::io("lock", root)(errno.into()),
+        let folder = rustix::fs::open(root, flags, Mode::empty())
+            .map_err(|e| StoreError::io("open", root)(e.into()))?;
+        rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive).map_err(|errno| {
+            match errno {
+                Errno::WOULDBLOCK => StoreError::Locked {
+                    path: root.to_owned(),
+                },
+                errno => StoreError::io("lock", root)(errno.into()),
+            }
         })?;
-        let store = Self { root: root.to_owned(), _lock: Arc::new(folder) };
-        for (name, mode) in [("mirrors", 0o755), ("apps", 0o700), ("proxy", 0o755), ("trash", 0o700)] {
+        let store = Self {
+            root: root.to_owned(),
+            _lock: Arc::new(folder),
+        };
+        for (name, mode) in [
+            ("mirrors", 0o755),
+            ("apps", 0o700),
+            ("proxy", 0o755),
+            ("trash", 0o700),
+        ] {
             durable::make_folder(&root.join(name), mode, None)?;
         }
         Ok(store)
@@ -114,7 +131,11 @@ impl Store {
 
     /// The folder of an app, which need not exist.
     pub fn app(&self, app: &AppName) -> AppFolder {
-        AppFolder::new(self.clone(), app.clone(), self.root.join("apps").join(app.to_string()))
+        AppFolder::new(
+            self.clone(),
+            app.clone(),
+            self.root.join("apps").join(app.to_string()),
+        )
     }
 
     /// Every app that has a folder.
@@ -204,7 +225,8 @@ impl Store {
 
     /// How full the file system of the store is.
     pub fn disk(&self) -> Result<DiskSpace, StoreError> {
-        let stat = rustix::fs::statvfs(&self.root).map_err(|e| StoreError::io("measure", &self.root)(e.into()))?;
+        let stat = rustix::fs::statvfs(&self.root)
+            .map_err(|e| StoreError::io("measure", &self.root)(e.into()))?;
         Ok(DiskSpace {
             bytes: stat.f_blocks * stat.f_frsize,
             bytes_free: stat.f_bavail * stat.f_frsize,
@@ -242,8 +264,12 @@ pub struct DiskReserve {
 
 impl DiskReserve {
     /// A build can write a gigabyte between two looks at the disk, hence gigabytes.
-    pub const DEFAULT: Self =
-        Self { bytes_percent: 5, bytes_at_least: 5 << 30, bytes_at_least_percent: 10, inodes_percent: 5 };
+    pub const DEFAULT: Self = Self {
+        bytes_percent: 5,
+        bytes_at_least: 5 << 30,
+        bytes_at_least_percent: 10,
+        inodes_percent: 5,
+    };
 }
 
 impl DiskSpace {
@@ -260,14 +286,23 @@ impl DiskSpace {
     fn shortage_below(&self, reserve: &DiskReserve, divisor: u64) -> Option<String> {
         const MIB: u64 = 1 << 20;
         let percent_of = |percent: u64, all: u64| all / 100 * percent;
-        let bytes = percent_of(reserve.bytes_percent, self.bytes)
-            .max(reserve.bytes_at_least.min(percent_of(reserve.bytes_at_least_percent, self.bytes)))
-            / divisor;
+        let bytes = percent_of(reserve.bytes_percent, self.bytes).max(
+            reserve
+                .bytes_at_least
+                .min(percent_of(reserve.bytes_at_least_percent, self.bytes)),
+        ) / divisor;
         let inodes = percent_of(reserve.inodes_percent, self.inodes) / divisor;
         if self.bytes_free < bytes {
-            Some(format!("{} MiB are free on the disk, and builds leave {} MiB", self.bytes_free / MIB, bytes / MIB))
+            Some(format!(
+                "{} MiB are free on the disk, and builds leave {} MiB",
+                self.bytes_free / MIB,
+                bytes / MIB
+            ))
         } else if self.inodes_free < inodes {
-            Some(format!("{} inodes are free on the disk, and builds leave {inodes}", self.inodes_free))
+            Some(format!(
+                "{} inodes are free on the disk, and builds leave {inodes}",
+                self.inodes_free
+            ))
         } else {
             None
         }
@@ -294,7 +329,14 @@ mod tests {
         assert!(matches!(Store::open(&root), Err(StoreError::Locked { .. })));
         drop(store);
         Store::open(&root).unwrap();
-        assert_eq!(fs::metadata(root.join("apps")).unwrap().permissions().mode() & 0o7777, 0o700);
+        assert_eq!(
+            fs::metadata(root.join("apps"))
+                .unwrap()
+                .permissions()
+                .mode()
+                & 0o7777,
+            0o700
+        );
     }
 
     #[test]
@@ -310,12 +352,26 @@ mod tests {
         fs::create_dir(tree.join("closed")).unwrap();
         fs::write(tree.join("closed/a\nb"), "").unwrap();
         fs::set_permissions(tree.join("closed"), fs::Permissions::from_mode(0)).unwrap();
-        rustix::fs::mknodat(rustix::fs::CWD, tree.join("fifo"), rustix::fs::FileType::Fifo, Mode::RUSR, 0).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            tree.join("fifo"),
+            rustix::fs::FileType::Fifo,
+            Mode::RUSR,
+            0,
+        )
+        .unwrap();
         // Deeper than a path can be long, and than file descriptors last.
-        let mut at = rustix::fs::open(&tree, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        let mut at =
+            rustix::fs::open(&tree, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
         for _ in 0..3000 {
             rustix::fs::mkdirat(&at, "deep", Mode::RWXU).unwrap();
-            at = rustix::fs::openat(&at, "deep", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
+            at = rustix::fs::openat(
+                &at,
+                "deep",
+                OFlags::RDONLY | OFlags::DIRECTORY,
+                Mode::empty(),
+            )
+            .unwrap();
         }
         drop(at);
 
@@ -331,7 +387,12 @@ mod tests {
     #[test]
     fn the_reserve_fits_the_disk() {
         const GIB: u64 = 1 << 30;
-        let space = |gib, gib_free| DiskSpace { bytes: gib * GIB, bytes_free: gib_free * GIB, inodes: 1000, inodes_free: 500 };
+        let space = |gib, gib_free| DiskSpace {
+            bytes: gib * GIB,
+            bytes_free: gib_free * GIB,
+            inodes: 1000,
+            inodes_free: 500,
+        };
         for (space, short, severe) in [
             (space(1000, 60), false, false), // 5 % are 50 GiB
             (space(1000, 40), true, false),
@@ -340,11 +401,34 @@ mod tests {
             (space(60, 4), true, false),
             (space(10, 2), false, false), // but at most a tenth
             (space(10, 0), true, true),
-            (DiskSpace { inodes_free: 40, ..space(10, 2) }, true, false),
-            (DiskSpace { inodes: 0, inodes_free: 0, ..space(10, 2) }, false, false),
+            (
+                DiskSpace {
+                    inodes_free: 40,
+                    ..space(10, 2)
+                },
+                true,
+                false,
+            ),
+            (
+                DiskSpace {
+                    inodes: 0,
+                    inodes_free: 0,
+                    ..space(10, 2)
+                },
+                false,
+                false,
+            ),
         ] {
-            assert_eq!(space.shortage(&DiskReserve::DEFAULT).is_some(), short, "{space:?}");
-            assert_eq!(space.severe_shortage(&DiskReserve::DEFAULT).is_some(), severe, "{space:?}");
+            assert_eq!(
+                space.shortage(&DiskReserve::DEFAULT).is_some(),
+                short,
+                "{space:?}"
+            );
+            assert_eq!(
+                space.severe_shortage(&DiskReserve::DEFAULT).is_some(),
+                severe,
+                "{space:?}"
+            );
         }
     }
 }

@@ -208,7 +208,11 @@ pub struct UnitState {
 impl UnitState {
     /// How its main process ended, for the record of a step.
     pub fn step_result(&self) -> StepResult {
-        StepResult { result: self.result.clone(), code: self.exec_main_code, status: self.exec_main_status }
+        StepResult {
+            result: self.result.clone(),
+            code: self.exec_main_code,
+            status: self.exec_main_status,
+        }
     }
 }
 
@@ -240,15 +244,38 @@ struct JobEnd {
 impl Systemd {
     /// Connects to the bus at `address`, or to the system bus at its usual place, and subscribes. The
     /// watcher ends when the receiver is dropped.
-    pub async fn connect(address: Option<&str>) -> Result<(Self, mpsc::Receiver<HostEvent>), SystemdError> {
+    pub async fn connect(
+        address: Option<&str>,
+    ) -> Result<(Self, mpsc::Receiver<HostEvent>), SystemdError> {
         let address = address.map(str::to_owned);
-        let first = bounded("Subscribe", "", CALL_LIMIT, Session::open(address.as_deref())).await?;
+        let first = bounded(
+            "Subscribe",
+            "",
+            CALL_LIMIT,
+            Session::open(address.as_deref()),
+        )
+        .await?;
         let (manager_sender, manager) = latest::channel(Some(first.manager.clone()));
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
         let (jobs, _) = broadcast::channel(JOB_QUEUE);
-        let watcher = Watcher { address, manager: manager_sender, jobs: jobs.clone(), events, marked: Marked::default() };
+        let watcher = Watcher {
+            address,
+            manager: manager_sender,
+            jobs: jobs.clone(),
+            events,
+            marked: Marked::default(),
+        };
         tokio::spawn(watcher.run(first));
-        Ok((Self { shared: Arc::new(Shared { manager, jobs, last_reload: Mutex::new(None) }) }, receiver))
+        Ok((
+            Self {
+                shared: Arc::new(Shared {
+                    manager,
+                    jobs,
+                    last_reload: Mutex::new(None),
+                }),
+            },
+            receiver,
+        ))
     }
 
     /// The loaded units whose names match any of the patterns.
@@ -259,12 +286,14 @@ impl Systemd {
         let units = bounded("ListUnitsByPatterns", "", CALL_LIMIT, call).await?;
         Ok(units
             .into_iter()
-            .map(|(name, _, load_state, active_state, sub_state, ..)| ListedUnit {
-                name,
-                load_state,
-                active_state: ActiveState::parse(&active_state),
-                sub_state,
-            })
+            .map(
+                |(name, _, load_state, active_state, sub_state, ..)| ListedUnit {
+                    name,
+                    load_state,
+                    active_state: ActiveState::parse(&active_state),
+                    sub_state,
+                },
+            )
             .collect())
     }
 
@@ -272,14 +301,25 @@ impl Systemd {
     /// properties of a success, so it is asked for first.)
     pub async fn get_unit_state(&self, unit: &str) -> Result<Option<UnitState>, SystemdError> {
         let manager = self.manager()?;
-        let path = match bounded("GetUnit", unit, CALL_LIMIT, manager.proxy.get_unit(unit.to_owned())).await {
+        let path = match bounded(
+            "GetUnit",
+            unit,
+            CALL_LIMIT,
+            manager.proxy.get_unit(unit.to_owned()),
+        )
+        .await
+        {
             Ok(path) => path,
             Err(SystemdError::NoSuchUnit { .. }) => return Ok(None),
             Err(error) => return Err(error),
         };
-        let general = manager.properties(unit, &path, "org.freedesktop.systemd1.Unit").await?;
+        let general = manager
+            .properties(unit, &path, "org.freedesktop.systemd1.Unit")
+            .await?;
         let service = if unit.ends_with(".service") {
-            manager.properties(unit, &path, "org.freedesktop.systemd1.Service").await?
+            manager
+                .properties(unit, &path, "org.freedesktop.systemd1.Service")
+                .await?
         } else {
             Bag::default()
         };
@@ -290,14 +330,23 @@ impl Systemd {
 
     /// Makes a transient unit and starts it; returns when the job is queued, and its end comes as a
     /// [`HostEvent::Unit`].
-    pub async fn start_transient(&self, unit: &str, settings: &[Setting]) -> Result<(), SystemdError> {
+    pub async fn start_transient(
+        &self,
+        unit: &str,
+        settings: &[Setting],
+    ) -> Result<(), SystemdError> {
         let properties = properties_of(settings).map_err(|error| SystemdError::Refused {
             call: "StartTransientUnit",
             unit: unit.to_owned(),
             message: error.to_string(),
         })?;
         let manager = self.manager()?;
-        let call = manager.proxy.start_transient_unit(unit.to_owned(), "fail".to_owned(), properties, vec![]);
+        let call = manager.proxy.start_transient_unit(
+            unit.to_owned(),
+            "fail".to_owned(),
+            properties,
+            vec![],
+        );
         bounded("StartTransientUnit", unit, CALL_LIMIT, call).await?;
         Ok(())
     }
@@ -305,7 +354,15 @@ impl Systemd {
     /// Starts a unit; returns when the job is queued.
     pub async fn start_unit(&self, unit: &str) -> Result<(), SystemdError> {
         let manager = self.manager()?;
-        bounded("StartUnit", unit, CALL_LIMIT, manager.proxy.start_unit(unit.to_owned(), "replace".to_owned())).await?;
+        bounded(
+            "StartUnit",
+            unit,
+            CALL_LIMIT,
+            manager
+                .proxy
+                .start_unit(unit.to_owned(), "replace".to_owned()),
+        )
+        .await?;
         Ok(())
     }
 
@@ -314,13 +371,16 @@ impl Systemd {
     pub async fn stop_unit(&self, unit: &str, limit: Duration) -> Result<(), SystemdError> {
         let manager = self.manager()?;
         let mut jobs = self.shared.jobs.subscribe();
-        let stop = manager.proxy.stop_unit(unit.to_owned(), "replace".to_owned());
+        let stop = manager
+            .proxy
+            .stop_unit(unit.to_owned(), "replace".to_owned());
         let job = match bounded("StopUnit", unit, CALL_LIMIT, stop).await {
             Ok(job) => job,
             Err(SystemdError::NoSuchUnit { .. }) => return Ok(()),
             Err(error) => return Err(error),
         };
-        self.wait_for_job("StopUnit", unit, &job, &mut jobs, limit).await?;
+        self.wait_for_job("StopUnit", unit, &job, &mut jobs, limit)
+            .await?;
         match self.reset_failed(unit).await {
             Ok(()) | Err(SystemdError::NoSuchUnit { .. }) => Ok(()),
             Err(error) => Err(error),
@@ -331,21 +391,38 @@ impl Systemd {
     pub async fn reload_unit(&self, unit: &str, limit: Duration) -> Result<(), SystemdError> {
         let manager = self.manager()?;
         let mut jobs = self.shared.jobs.subscribe();
-        let reload = manager.proxy.reload_unit(unit.to_owned(), "replace".to_owned());
+        let reload = manager
+            .proxy
+            .reload_unit(unit.to_owned(), "replace".to_owned());
         let job = bounded("ReloadUnit", unit, CALL_LIMIT, reload).await?;
-        self.wait_for_job("ReloadUnit", unit, &job, &mut jobs, limit).await
+        self.wait_for_job("ReloadUnit", unit, &job, &mut jobs, limit)
+            .await
     }
 
     /// Sends a signal to every process of a unit.
     pub async fn kill_unit(&self, unit: &str, signal: i32) -> Result<(), SystemdError> {
         let manager = self.manager()?;
-        bounded("KillUnit", unit, CALL_LIMIT, manager.proxy.kill_unit(unit.to_owned(), "all".to_owned(), signal)).await
+        bounded(
+            "KillUnit",
+            unit,
+            CALL_LIMIT,
+            manager
+                .proxy
+                .kill_unit(unit.to_owned(), "all".to_owned(), signal),
+        )
+        .await
     }
 
     /// Makes systemd forget that a unit failed.
     pub async fn reset_failed(&self, unit: &str) -> Result<(), SystemdError> {
         let manager = self.manager()?;
-        bounded("ResetFailedUnit", unit, CALL_LIMIT, manager.proxy.reset_failed_unit(unit.to_owned())).await
+        bounded(
+            "ResetFailedUnit",
+            unit,
+            CALL_LIMIT,
+            manager.proxy.reset_failed_unit(unit.to_owned()),
+        )
+        .await
     }
 
     /// Makes systemd read all unit files again: only to heal, never in the normal path. At most one in
@@ -369,8 +446,18 @@ impl Systemd {
     /// The processes of a unit, each with its command line.
     pub async fn unit_processes(&self, unit: &str) -> Result<Vec<(u32, String)>, SystemdError> {
         let manager = self.manager()?;
-        match bounded("GetUnitProcesses", unit, CALL_LIMIT, manager.proxy.get_unit_processes(unit.to_owned())).await {
-            Ok(processes) => Ok(processes.into_iter().map(|(_, pid, command)| (pid, command)).collect()),
+        match bounded(
+            "GetUnitProcesses",
+            unit,
+            CALL_LIMIT,
+            manager.proxy.get_unit_processes(unit.to_owned()),
+        )
+        .await
+        {
+            Ok(processes) => Ok(processes
+                .into_iter()
+                .map(|(_, pid, command)| (pid, command))
+                .collect()),
             Err(SystemdError::NoSuchUnit { .. }) => Ok(vec![]),
             Err(error) => Err(error),
         }
@@ -384,7 +471,9 @@ impl Systemd {
 
     fn manager(&self) -> Result<Manager, SystemdError> {
         let manager = self.shared.manager.borrow().clone();
-        manager.ok_or_else(|| SystemdError::Unavailable("the connection is lost and being made again".to_owned()))
+        manager.ok_or_else(|| {
+            SystemdError::Unavailable("the connection is lost and being made again".to_owned())
+        })
     }
 
     /// Waits for the end of a job by its path (by its unit would mix up two jobs). If its signal was
@@ -405,7 +494,11 @@ impl Systemd {
                 Ok(Ok(end)) if end.job == *job => {
                     return match end.result.as_str() {
                         "done" => Ok(()),
-                        result => Err(SystemdError::Job { call, unit: unit.to_owned(), result: result.to_owned() }),
+                        result => Err(SystemdError::Job {
+                            call,
+                            unit: unit.to_owned(),
+                            result: result.to_owned(),
+                        }),
                     };
                 }
                 Ok(Ok(_)) => continue,
@@ -414,18 +507,32 @@ impl Systemd {
             }
             match self.get_unit_state(unit).await {
                 Ok(None) => return Ok(()),
-                Ok(Some(state)) if !state.has_job && (call != "StopUnit" || state.active_state.is_stopped()) => return Ok(()),
+                Ok(Some(state))
+                    if !state.has_job
+                        && (call != "StopUnit" || state.active_state.is_stopped()) =>
+                {
+                    return Ok(());
+                }
                 Ok(Some(_)) | Err(_) => {}
             }
             if Instant::now() >= deadline {
-                return Err(SystemdError::TimedOut { call, unit: unit.to_owned(), limit });
+                return Err(SystemdError::TimedOut {
+                    call,
+                    unit: unit.to_owned(),
+                    limit,
+                });
             }
         }
     }
 }
 
 impl Manager {
-    async fn properties(&self, unit: &str, path: &OwnedObjectPath, interface: &str) -> Result<Bag, SystemdError> {
+    async fn properties(
+        &self,
+        unit: &str,
+        path: &OwnedObjectPath,
+        interface: &str,
+    ) -> Result<Bag, SystemdError> {
         let call = async {
             let reply = self
                 .connection
@@ -453,7 +560,11 @@ async fn bounded<T>(
     match timeout(limit, work).await {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(sorted(call, unit, error)),
-        Err(_) => Err(SystemdError::TimedOut { call, unit: unit.to_owned(), limit }),
+        Err(_) => Err(SystemdError::TimedOut {
+            call,
+            unit: unit.to_owned(),
+            limit,
+        }),
     }
 }
 
@@ -468,24 +579,38 @@ fn sorted(call: &'static str, unit: &str, error: zbus::Error) -> SystemdError {
                 "org.freedesktop.systemd1.BadUnitSetting"
                 | "org.freedesktop.systemd1.LoadFailed"
                 | "org.freedesktop.systemd1.UnitMasked" => SystemdError::BadUnit { unit, message },
-                _ => SystemdError::Refused { call, unit, message },
+                _ => SystemdError::Refused {
+                    call,
+                    unit,
+                    message,
+                },
             }
         }
         zbus::Error::FDO(fdo) => match fdo.as_ref() {
-            zbus::fdo::Error::InvalidArgs(message) | zbus::fdo::Error::PropertyReadOnly(message) => {
-                SystemdError::BadUnit { unit, message: message.clone() }
-            }
+            zbus::fdo::Error::InvalidArgs(message)
+            | zbus::fdo::Error::PropertyReadOnly(message) => SystemdError::BadUnit {
+                unit,
+                message: message.clone(),
+            },
             zbus::fdo::Error::ServiceUnknown(_)
             | zbus::fdo::Error::NameHasNoOwner(_)
             | zbus::fdo::Error::NoReply(_)
             | zbus::fdo::Error::Disconnected(_)
             | zbus::fdo::Error::NoServer(_)
             | zbus::fdo::Error::IOError(_) => SystemdError::Unavailable(error.to_string()),
-            other => SystemdError::Refused { call, unit, message: other.to_string() },
+            other => SystemdError::Refused {
+                call,
+                unit,
+                message: other.to_string(),
+            },
         },
         zbus::Error::InputOutput(_) | zbus::Error::Handshake(_) | zbus::Error::Address(_) => {
             SystemdError::Unavailable(error.to_string())
         }
-        other => SystemdError::Refused { call, unit, message: other.to_string() },
+        other => SystemdError::Refused {
+            call,
+            unit,
+            message: other.to_string(),
+        },
     }
 }

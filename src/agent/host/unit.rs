@@ -15,7 +15,9 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use super::jail::{self, APP_PATH, JAIL_VERSION, MIRROR_PATH, SCRIPT_PATH, STATE_PATH, Setting, Value};
+use super::jail::{
+    self, APP_PATH, JAIL_VERSION, MIRROR_PATH, SCRIPT_PATH, STATE_PATH, Setting, Value,
+};
 use super::quote::{self, QuoteError};
 use super::records::{BuildKey, ContentDigest};
 use crate::api::deployment::{Build, EnvVar, Process, ProcessType, ResourceLimits};
@@ -35,7 +37,9 @@ pub enum UnitError {
         source: QuoteError,
     },
     /// `$(NAME)` of a variable that the process does not have.
-    #[error("process {process}: $({name}) in its command is not a variable of this process; write $$({name}) if the text itself is meant")]
+    #[error(
+        "process {process}: $({name}) in its command is not a variable of this process; write $$({name}) if the text itself is meant"
+    )]
     UnknownVariable {
         /// The process.
         process: String,
@@ -98,6 +102,9 @@ pub const ALL_UNITS: &str = "kari*";
 
 /// Reads a unit's name; nothing for a name that is not Kari's.
 pub fn parse_unit_name(name: &str) -> Option<OwnUnit> {
+    if name == "kari.slice" {
+        return Some(OwnUnit::Agent);
+    }
     if let Some(rest) = name.strip_prefix("kari.") {
         if let Some(app) = rest.strip_suffix(".target") {
             return AppName::parse(app).ok().map(OwnUnit::Target);
@@ -105,20 +112,31 @@ pub fn parse_unit_name(name: &str) -> Option<OwnUnit> {
         let mut parts = rest.strip_suffix(".service")?.splitn(4, '.');
         let app = AppName::new(parts.next()?, parts.next()?).ok()?;
         let process = parts.next()?.to_owned();
-        let is_digest = |text: &str| text.len() == UNIT_DIGEST_DIGITS && text.bytes().all(|b| b.is_ascii_hexdigit());
-        return parts.next().is_some_and(is_digest).then_some(OwnUnit::Service { app, process });
+        let is_digest = |text: &str| {
+            text.len() == UNIT_DIGEST_DIGITS && text.bytes().all(|b| b.is_ascii_hexdigit())
+        };
+        return parts
+            .next()
+            .is_some_and(is_digest)
+            .then_some(OwnUnit::Service { app, process });
     }
     if let Some(rest) = name.strip_prefix(BUILD_PREFIX) {
         let mut parts = rest.strip_suffix(".service")?.splitn(4, '.');
         let app = AppName::new(parts.next()?, parts.next()?).ok()?;
         let release_id = ReleaseId(Uuid::try_parse(parts.next()?).ok()?);
         let build_try = parts.next()?.parse().ok()?;
-        return Some(OwnUnit::Build { app, release_id, build_try });
+        return Some(OwnUnit::Build {
+            app,
+            release_id,
+            build_try,
+        });
     }
     if let Some(rest) = name.strip_prefix(FETCH_PREFIX) {
-        return Some(OwnUnit::Fetch { mirror: rest.strip_suffix(".service")?.to_owned() });
+        return Some(OwnUnit::Fetch {
+            mirror: rest.strip_suffix(".service")?.to_owned(),
+        });
     }
-    (name == "kari.slice" || name.starts_with("kari-")).then_some(OwnUnit::Agent)
+    name.starts_with("kari-").then_some(OwnUnit::Agent)
 }
 
 /// The target of an app, its only enabled unit.
@@ -154,10 +172,22 @@ const UNIT_DIGEST_DIGITS: usize = 16;
 /// The key of the tree that a build results in: a digest of all that the tree follows from. The limits
 /// and the deadline of a build are not part of it.
 pub fn build_key(commit: &Commit, directory: Option<&str>, build: Option<&Build>) -> BuildKey {
-    let build = build.map(|Build { run, command, env, network, timeout_seconds: _, resources: _ }| {
-        let env: BTreeMap<_, _> = env.iter().map(|EnvVar { name, value }| (name, value)).collect();
-        serde_json::json!({"run": run, "command": command, "env": env, "network": network})
-    });
+    let build = build.map(
+        |Build {
+             run,
+             command,
+             env,
+             network,
+             timeout_seconds: _,
+             resources: _,
+         }| {
+            let env: BTreeMap<_, _> = env
+                .iter()
+                .map(|EnvVar { name, value }| (name, value))
+                .collect();
+            serde_json::json!({"run": run, "command": command, "env": env, "network": network})
+        },
+    );
     let content = serde_json::json!({
         "commit": commit.as_str(),
         // Without a build the whole checkout is what runs, from whatever directory.
@@ -170,13 +200,21 @@ pub fn build_key(commit: &Commit, directory: Option<&str>, build: Option<&Build>
 
 /// The script that a build step runs, as a file: a build's words reach systemd as its name alone.
 pub fn build_script(build: &Build) -> Result<String, UnitError> {
-    let place = |source| UnitError::Quote { place: "build".to_owned(), source };
+    let place = |source| UnitError::Quote {
+        place: "build".to_owned(),
+        source,
+    };
     match (&build.run, &build.command) {
-        (Some(script), _) if script.contains('\0') => Err(place(QuoteError::Nul { what: "run".to_owned() })),
+        (Some(script), _) if script.contains('\0') => Err(place(QuoteError::Nul {
+            what: "run".to_owned(),
+        })),
         (Some(script), _) => Ok(format!("{}\n", script.trim_end_matches('\n'))),
         (None, Some(words)) => {
             quote::check_program(words).map_err(place)?;
-            Ok(format!("exec /usr/bin/env -- {}\n", quote::shell_words(words).map_err(place)?))
+            Ok(format!(
+                "exec /usr/bin/env -- {}\n",
+                quote::shell_words(words).map_err(place)?
+            ))
         }
         (None, None) => Err(place(QuoteError::NoProgram)),
     }
@@ -184,8 +222,16 @@ pub fn build_script(build: &Build) -> Result<String, UnitError> {
 
 /// The environment file of a build.
 pub fn build_environment(build: &Build) -> Result<Vec<u8>, UnitError> {
-    quote::environment_file(build.env.iter().map(|EnvVar { name, value }| (name.as_str(), value.as_str())))
-        .map_err(|source| UnitError::Quote { place: "build.env".to_owned(), source })
+    quote::environment_file(
+        build
+            .env
+            .iter()
+            .map(|EnvVar { name, value }| (name.as_str(), value.as_str())),
+    )
+    .map_err(|source| UnitError::Quote {
+        place: "build.env".to_owned(),
+        source,
+    })
 }
 
 /// What a build step is made of.
@@ -220,7 +266,18 @@ const CHECKOUT_TIMEOUT_SECONDS: u32 = 900;
 /// a step whose main process never ran (`ExecMainCode` 0) failed in the checkout, and a reload of
 /// systemd in the middle cannot make it skip the build.
 pub fn build_step(spec: &BuildSpec<'_>) -> Result<StepSpec, UnitError> {
-    let BuildSpec { app, commit, mirror, stage, directory, build, env_file, user, tool_path, log } = *spec;
+    let BuildSpec {
+        app,
+        commit,
+        mirror,
+        stage,
+        directory,
+        build,
+        env_file,
+        user,
+        tool_path,
+        log,
+    } = *spec;
     // Nothing of the build's environment reaches git, and nothing of the node's configuration.
     let checkout: Vec<String> = [
         "-i",
@@ -280,9 +337,17 @@ pub fn build_step(spec: &BuildSpec<'_>) -> Result<StepSpec, UnitError> {
         step.limits = build_limits(build)?;
         step.network = build.network;
         step.environment_file = env_file.map(Path::to_owned);
-        step.read_only.push((stage.script(), SCRIPT_PATH.to_owned()));
+        step.read_only
+            .push((stage.script(), SCRIPT_PATH.to_owned()));
         step.before = vec![checkout];
-        step.command = [&format!("--chdir={}", in_app(directory)), "/bin/sh", "-eu", SCRIPT_PATH].map(str::to_owned).to_vec();
+        step.command = [
+            &format!("--chdir={}", in_app(directory)),
+            "/bin/sh",
+            "-eu",
+            SCRIPT_PATH,
+        ]
+        .map(str::to_owned)
+        .to_vec();
     }
     Ok(step)
 }
@@ -292,20 +357,41 @@ pub fn build_step(spec: &BuildSpec<'_>) -> Result<StepSpec, UnitError> {
 pub const EXIT_NO_DIRECTORY: i32 = 125;
 
 /// What a build may use unless its spec says otherwise.
-pub const DEFAULT_BUILD_LIMITS: StepLimits =
-    StepLimits { cpu_millis: 2000, memory_bytes: 2 << 30, tasks: DEFAULT_TASKS };
+pub const DEFAULT_BUILD_LIMITS: StepLimits = StepLimits {
+    cpu_millis: 2000,
+    memory_bytes: 2 << 30,
+    tasks: DEFAULT_TASKS,
+};
 
 /// Processes and threads of a build or a service unless its spec says otherwise.
 const DEFAULT_TASKS: u32 = 512;
 
 fn build_limits(build: &Build) -> Result<StepLimits, UnitError> {
-    let limits = build.resources.as_ref().and_then(|resources| resources.limits.as_ref());
-    let Some(ResourceLimits { cpu, memory, tasks }) = limits else { return Ok(DEFAULT_BUILD_LIMITS) };
-    let wrong = |source| UnitError::Quantity { place: "build.resources.limits".to_owned(), source };
-    let StepLimits { cpu_millis, memory_bytes, tasks: default_tasks } = DEFAULT_BUILD_LIMITS;
+    let limits = build
+        .resources
+        .as_ref()
+        .and_then(|resources| resources.limits.as_ref());
+    let Some(ResourceLimits { cpu, memory, tasks }) = limits else {
+        return Ok(DEFAULT_BUILD_LIMITS);
+    };
+    let wrong = |source| UnitError::Quantity {
+        place: "build.resources.limits".to_owned(),
+        source,
+    };
+    let StepLimits {
+        cpu_millis,
+        memory_bytes,
+        tasks: default_tasks,
+    } = DEFAULT_BUILD_LIMITS;
     Ok(StepLimits {
-        cpu_millis: cpu.as_ref().map_or(Ok(cpu_millis), |cpu| cpu.millis()).map_err(wrong)?,
-        memory_bytes: memory.as_ref().map_or(Ok(memory_bytes), |memory| memory.bytes()).map_err(wrong)?,
+        cpu_millis: cpu
+            .as_ref()
+            .map_or(Ok(cpu_millis), |cpu| cpu.millis())
+            .map_err(wrong)?,
+        memory_bytes: memory
+            .as_ref()
+            .map_or(Ok(memory_bytes), |memory| memory.bytes())
+            .map_err(wrong)?,
         tasks: tasks.unwrap_or(default_tasks),
     })
 }
@@ -367,7 +453,12 @@ pub fn step_properties(spec: &StepSpec) -> Result<Vec<Setting>, UnitError> {
         description,
         user,
         timeout_seconds,
-        limits: StepLimits { cpu_millis, memory_bytes, tasks },
+        limits:
+            StepLimits {
+                cpu_millis,
+                memory_bytes,
+                tasks,
+            },
         network,
         environment,
         environment_file,
@@ -378,7 +469,10 @@ pub fn step_properties(spec: &StepSpec) -> Result<Vec<Setting>, UnitError> {
         before,
         command,
     } = spec;
-    let wrong = |source| UnitError::Quote { place: description.clone(), source };
+    let wrong = |source| UnitError::Quote {
+        place: description.clone(),
+        source,
+    };
     let path = |path: &Path| quote::plain_path(path).map(str::to_owned).map_err(wrong);
 
     let mut settings = vec![
@@ -403,20 +497,35 @@ pub fn step_properties(spec: &StepSpec) -> Result<Vec<Setting>, UnitError> {
         settings.push(Setting::new("PrivateNetwork", Value::Switch(true)));
     }
     if let Some(file) = environment_file {
-        settings.push(Setting::new("EnvironmentFile", Value::EnvironmentFile(path(file)?)));
+        settings.push(Setting::new(
+            "EnvironmentFile",
+            Value::EnvironmentFile(path(file)?),
+        ));
     }
     for (from, to) in read_only {
-        settings.push(Setting::new("BindReadOnlyPaths", Value::Bind(path(from)?, to.clone())));
+        settings.push(Setting::new(
+            "BindReadOnlyPaths",
+            Value::Bind(path(from)?, to.clone()),
+        ));
     }
     for (from, to) in writable {
-        settings.push(Setting::new("BindPaths", Value::Bind(path(from)?, to.clone())));
+        settings.push(Setting::new(
+            "BindPaths",
+            Value::Bind(path(from)?, to.clone()),
+        ));
     }
     for words in before {
         let words = quote::exec_arguments(words).map_err(wrong)?;
-        settings.push(Setting::new("ExecStartPre", Value::Command(ENV_PROGRAM, words)));
+        settings.push(Setting::new(
+            "ExecStartPre",
+            Value::Command(ENV_PROGRAM, words),
+        ));
     }
     let words = quote::exec_arguments(command).map_err(wrong)?;
-    settings.push(Setting::new("ExecStart", Value::Command(ENV_PROGRAM, words)));
+    settings.push(Setting::new(
+        "ExecStart",
+        Value::Command(ENV_PROGRAM, words),
+    ));
     Ok(settings)
 }
 
@@ -438,9 +547,19 @@ pub fn process_variables(env: &[EnvVar], process: &Process) -> BTreeMap<String, 
 }
 
 /// The environment file of a process.
-pub fn process_environment(process: &Process, variables: &BTreeMap<String, String>) -> Result<Vec<u8>, UnitError> {
-    quote::environment_file(variables.iter().map(|(name, value)| (name.as_str(), value.as_str())))
-        .map_err(|source| UnitError::Quote { place: format!("process {}: env", process.name), source })
+pub fn process_environment(
+    process: &Process,
+    variables: &BTreeMap<String, String>,
+) -> Result<Vec<u8>, UnitError> {
+    quote::environment_file(
+        variables
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str())),
+    )
+    .map_err(|source| UnitError::Quote {
+        place: format!("process {}: env", process.name),
+        source,
+    })
 }
 
 /// What a service unit is made of.
@@ -489,29 +608,63 @@ pub fn service_unit(spec: &ServiceSpec<'_>) -> Result<ServiceUnit, UnitError> {
     let text = service_text(spec, spec.port)?;
     let content = service_text(spec, spec.port.map(|_| 0))?;
     let digest = ContentDigest::of(text.as_bytes());
-    let name = format!("kari.{}.{}.{}.service", spec.app, spec.process.name, &digest.as_str()[..UNIT_DIGEST_DIGITS]);
-    Ok(ServiceUnit { name, text, content: ContentDigest::of(content.as_bytes()) })
+    let name = format!(
+        "kari.{}.{}.{}.service",
+        spec.app,
+        spec.process.name,
+        &digest.as_str()[..UNIT_DIGEST_DIGITS]
+    );
+    Ok(ServiceUnit {
+        name,
+        text,
+        content: ContentDigest::of(content.as_bytes()),
+    })
 }
 
 fn service_text(spec: &ServiceSpec<'_>, port: Option<u16>) -> Result<String, UnitError> {
-    let ServiceSpec { app, process, commit, node, env_file, tree, directory, state, user, tool_path, variables: _, port: _ } = *spec;
-    let wrong = |source| UnitError::Quote { place: format!("process {}", process.name), source };
+    let ServiceSpec {
+        app,
+        process,
+        commit,
+        node,
+        env_file,
+        tree,
+        directory,
+        state,
+        user,
+        tool_path,
+        variables: _,
+        port: _,
+    } = *spec;
+    let wrong = |source| UnitError::Quote {
+        place: format!("process {}", process.name),
+        source,
+    };
     let path = |path: &Path| quote::plain_path(path).map(str::to_owned).map_err(wrong);
     if process.port.is_some() != port.is_some() {
-        return Err(UnitError::Port { process: process.name.clone(), wants: process.port.is_some() });
+        return Err(UnitError::Port {
+            process: process.name.clone(),
+            wants: process.port.is_some(),
+        });
     }
 
     let mut settings = vec![
-        Setting::new("Type", Value::Text(match process.process_type {
-            ProcessType::Simple => "exec".to_owned(),
-            ProcessType::Notify => "notify".to_owned(),
-        })),
+        Setting::new(
+            "Type",
+            Value::Text(match process.process_type {
+                ProcessType::Simple => "exec".to_owned(),
+                ProcessType::Notify => "notify".to_owned(),
+            }),
+        ),
         Setting::new("User", Value::Text(user.to_owned())),
         Setting::new("Restart", Value::Text("always".to_owned())),
         Setting::new("RestartSec", Value::Seconds(1)),
         Setting::new("TimeoutStartSec", Value::Seconds(SERVICE_START_SECONDS)),
         Setting::new("WorkingDirectory", Value::Text(APP_PATH.to_owned())),
-        Setting::new("BindReadOnlyPaths", Value::Bind(path(tree)?, APP_PATH.to_owned())),
+        Setting::new(
+            "BindReadOnlyPaths",
+            Value::Bind(path(tree)?, APP_PATH.to_owned()),
+        ),
     ];
     if process.process_type == ProcessType::Notify {
         settings.push(Setting::new("NotifyAccess", Value::Text("main".to_owned())));
@@ -525,7 +678,10 @@ fn service_text(spec: &ServiceSpec<'_>, port: Option<u16>) -> Result<String, Uni
         seconds => settings.push(Setting::new("TimeoutStopSec", Value::Seconds(seconds))),
     }
     if let Some(state) = state {
-        settings.push(Setting::new("BindPaths", Value::Bind(path(state)?, STATE_PATH.to_owned())));
+        settings.push(Setting::new(
+            "BindPaths",
+            Value::Bind(path(state)?, STATE_PATH.to_owned()),
+        ));
     }
     settings.extend(service_limits(process)?);
     settings.extend(jail::service_jail(process.sandbox.as_ref()));
@@ -553,7 +709,10 @@ fn service_text(spec: &ServiceSpec<'_>, port: Option<u16>) -> Result<String, Uni
         text.push('\n');
     }
     for (name, value) in assignments {
-        text.push_str(&format!("Environment={}\n", quote::environment_assignment(name, value).map_err(wrong)?));
+        text.push_str(&format!(
+            "Environment={}\n",
+            quote::environment_assignment(name, value).map_err(wrong)?
+        ));
     }
     text.push_str(&format!("EnvironmentFile={}\n", path(env_file)?));
 
@@ -561,7 +720,10 @@ fn service_text(spec: &ServiceSpec<'_>, port: Option<u16>) -> Result<String, Uni
     quote::check_program(&expanded).map_err(wrong)?;
     let mut words = vec![format!("--chdir={}", in_app(directory)), "--".to_owned()];
     words.extend(expanded);
-    text.push_str(&format!("ExecStart={}\n", quote::exec_line(ENV_PROGRAM, &words).map_err(wrong)?));
+    text.push_str(&format!(
+        "ExecStart={}\n",
+        quote::exec_line(ENV_PROGRAM, &words).map_err(wrong)?
+    ));
     Ok(text)
 }
 
@@ -593,16 +755,31 @@ fn own_variables<'a>(
 
 fn service_limits(process: &Process) -> Result<Vec<Setting>, UnitError> {
     let default = ResourceLimits::default();
-    let limits = process.resources.as_ref().and_then(|resources| resources.limits.as_ref());
+    let limits = process
+        .resources
+        .as_ref()
+        .and_then(|resources| resources.limits.as_ref());
     let ResourceLimits { cpu, memory, tasks } = limits.unwrap_or(&default);
-    let wrong = |source| UnitError::Quantity { place: format!("process {}: resources.limits", process.name), source };
+    let wrong = |source| UnitError::Quantity {
+        place: format!("process {}: resources.limits", process.name),
+        source,
+    };
 
-    let mut settings = vec![Setting::new("TasksMax", Value::Number(u64::from(tasks.unwrap_or(DEFAULT_TASKS))))];
+    let mut settings = vec![Setting::new(
+        "TasksMax",
+        Value::Number(u64::from(tasks.unwrap_or(DEFAULT_TASKS))),
+    )];
     if let Some(cpu) = cpu {
-        settings.push(Setting::new("CPUQuota", Value::CpuMillis(cpu.millis().map_err(wrong)?)));
+        settings.push(Setting::new(
+            "CPUQuota",
+            Value::CpuMillis(cpu.millis().map_err(wrong)?),
+        ));
     }
     if let Some(memory) = memory {
-        settings.push(Setting::new("MemoryMax", Value::Number(memory.bytes().map_err(wrong)?)));
+        settings.push(Setting::new(
+            "MemoryMax",
+            Value::Number(memory.bytes().map_err(wrong)?),
+        ));
         settings.push(Setting::new("MemorySwapMax", Value::Number(0)));
     }
     Ok(settings)
@@ -619,13 +796,18 @@ fn expand_command(spec: &ServiceSpec<'_>, port: &str) -> Result<Vec<String>, Uni
         .command
         .iter()
         .map(|word| {
-            expand_word(word, value_of)
-                .map_err(|name| UnitError::UnknownVariable { process: spec.process.name.clone(), name })
+            expand_word(word, value_of).map_err(|name| UnitError::UnknownVariable {
+                process: spec.process.name.clone(),
+                name,
+            })
         })
         .collect()
 }
 
-fn expand_word<'a>(word: &str, value_of: impl Fn(&str) -> Option<&'a str>) -> Result<String, String> {
+fn expand_word<'a>(
+    word: &str,
+    value_of: impl Fn(&str) -> Option<&'a str>,
+) -> Result<String, String> {
     let mut expanded = String::with_capacity(word.len());
     let mut rest = word;
     while let Some((before, after)) = rest.split_once('$') {
@@ -633,7 +815,10 @@ fn expand_word<'a>(word: &str, value_of: impl Fn(&str) -> Option<&'a str>) -> Re
         if let Some(after) = after.strip_prefix('$') {
             expanded.push('$');
             rest = after;
-        } else if let Some((name, after)) = after.strip_prefix('(').and_then(|inner| inner.split_once(')')) {
+        } else if let Some((name, after)) = after
+            .strip_prefix('(')
+            .and_then(|inner| inner.split_once(')'))
+        {
             expanded.push_str(value_of(name).ok_or_else(|| name.to_owned())?);
             rest = after;
         } else {
@@ -652,7 +837,7 @@ fn in_app(directory: Option<&str>) -> String {
     }
 }
 
-// ---- Targets and slices ---------------------------------------------------
+// ---- Targets -------------------------------------------------------------
 
 /// The target of an app: it wants exactly `units`.
 pub fn target_text(app: &AppName, units: &[String]) -> String {
@@ -670,25 +855,395 @@ pub fn target_text(app: &AppName, units: &[String]) -> String {
 
 /// The units that a target's text wants, in its order.
 pub fn target_units(text: &str) -> Vec<String> {
-    text.lines().filter_map(|line| line.strip_prefix("Wants=")).map(str::to_owned).collect()
+    text.lines()
+        .filter_map(|line| line.strip_prefix("Wants="))
+        .map(str::to_owned)
+        .collect()
 }
 
-/// The agent's slices with their files, which bound and weigh what runs in them. They are written once;
-/// `kari.slice` is the parent that the names of the others imply.
-pub const SLICES: [(&str, &str); 3] = [
-    (
-        "kari.slice",
-        "# Made by Kari: everything that it runs on this node. Limit it here with a drop-in.\n\
-         [Unit]\nDescription=Kari\n\n[Slice]\nMemoryAccounting=yes\nTasksAccounting=yes\nCPUAccounting=yes\n",
-    ),
-    (
-        "kari-apps.slice",
-        "# Made by Kari: the services.\n\
-         [Unit]\nDescription=Kari: services\n\n[Slice]\nMemoryAccounting=yes\nTasksAccounting=yes\nCPUAccounting=yes\n",
-    ),
-    (
-        "kari-builds.slice",
-        "# Made by Kari: fetches and builds, which give way to the services.\n\
-         [Unit]\nDescription=Kari: builds\n\n[Slice]\nMemoryAccounting=yes\nTasksAccounting=yes\nCPUAccounting=yes\nCPUWeight=50\nIOWeight=50\n",
-    ),
-];
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::agent::host::store::Stage;
+    use crate::api::deployment::{BuildResources, ProcessResources};
+    use crate::api::quantity::{Cpu, Memory};
+
+    fn app() -> AppName {
+        AppName::new("web", "shop").unwrap()
+    }
+
+    fn commit() -> Commit {
+        Commit::parse(&"4b825dc0".repeat(5)).unwrap()
+    }
+
+    fn process(json: serde_json::Value) -> Process {
+        serde_json::from_value(json).unwrap()
+    }
+
+    fn variable(name: &str, value: &str) -> EnvVar {
+        EnvVar {
+            name: name.to_owned(),
+            value: value.to_owned(),
+        }
+    }
+
+    fn service(
+        process: &Process,
+        env: &[EnvVar],
+        port: Option<u16>,
+    ) -> Result<ServiceUnit, UnitError> {
+        let state = process
+            .state_directory
+            .then_some(Path::new("/var/lib/kari/apps/web.shop/state/web"));
+        service_unit(&ServiceSpec {
+            app: &app(),
+            process,
+            variables: &process_variables(env, process),
+            env_file: Path::new("/var/lib/kari/apps/web.shop/env/abc"),
+            port,
+            commit: &commit(),
+            node: &NodeName::new("n1"),
+            tree: Path::new("/var/lib/kari/apps/web.shop/builds/key"),
+            directory: Some("services/shop"),
+            state,
+            user: "kari-50001",
+            tool_path: "/usr/local/bin:/usr/bin:/bin",
+        })
+    }
+
+    fn build(json: serde_json::Value) -> Build {
+        serde_json::from_value(json).unwrap()
+    }
+
+    fn step(build: Option<&Build>) -> StepSpec {
+        build_step(&BuildSpec {
+            app: &app(),
+            commit: &commit(),
+            mirror: Path::new("/var/lib/kari/mirrors/m.git"),
+            stage: &Stage {
+                path: "/var/lib/kari/apps/web.shop/stage/k.0".into(),
+            },
+            directory: Some("services/shop"),
+            build,
+            env_file: Some(Path::new("/var/lib/kari/apps/web.shop/env/b")),
+            user: "kari-50000",
+            tool_path: "/usr/bin:/bin",
+            log: Path::new("/var/lib/kari/apps/web.shop/logs/r.build"),
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn a_name_tells_what_a_unit_is() {
+        let release_id = ReleaseId(Uuid::from_u128(7));
+        let web = service(
+            &process(serde_json::json!({"name": "web", "command": ["x"]})),
+            &[],
+            None,
+        )
+        .unwrap();
+        for (name, unit) in [
+            (target_name(&app()), Some(OwnUnit::Target(app()))),
+            (
+                web.name,
+                Some(OwnUnit::Service {
+                    app: app(),
+                    process: "web".to_owned(),
+                }),
+            ),
+            (
+                build_unit_name(&app(), &release_id, 3),
+                Some(OwnUnit::Build {
+                    app: app(),
+                    release_id,
+                    build_try: 3,
+                }),
+            ),
+            (
+                fetch_unit_name("abc"),
+                Some(OwnUnit::Fetch {
+                    mirror: "abc".to_owned(),
+                }),
+            ),
+            ("kari-proxy.service".to_owned(), Some(OwnUnit::Agent)),
+            ("kari.slice".to_owned(), Some(OwnUnit::Agent)),
+            ("kari.web.target".to_owned(), None),
+            ("kari.web.shop.web.nodigest.service".to_owned(), None),
+            ("kari.web.shop.web.0123456789abcdef.timer".to_owned(), None),
+            ("karina.service".to_owned(), None),
+            ("sshd.service".to_owned(), None),
+        ] {
+            assert_eq!(parse_unit_name(&name), unit, "{name}");
+        }
+        let longest = AppName::new(&"n".repeat(63), &"d".repeat(52)).unwrap();
+        let name = format!(
+            "kari.{longest}.{}.{}.service",
+            "p".repeat(32),
+            "0".repeat(UNIT_DIGEST_DIGITS)
+        );
+        assert!(name.len() < 256 && build_unit_name(&longest, &release_id, u32::MAX).len() < 256);
+    }
+
+    #[test]
+    fn a_service_says_what_its_spec_does() {
+        let process = process(serde_json::json!({
+            "name": "web",
+            "command": ["./serve", "--port=$(PORT)", "--log", "$(LOG)", "$$(LOG)", "100%", "$HOME"],
+            "env": [{"name": "LOG", "value": "debug"}, {"name": "HOME", "value": "/mine"}],
+            "type": "Notify",
+            "port": {"env": "PORT"},
+            "terminationGracePeriodSeconds": 7,
+            "stateDirectory": true,
+        }));
+        let unit = service(
+            &process,
+            &[variable("LOG", "info"), variable("PORT", "1")],
+            Some(20_001),
+        )
+        .unwrap();
+        for line in [
+            "Type=notify",
+            "NotifyAccess=main",
+            "User=kari-50001",
+            "Restart=always",
+            "StartLimitIntervalSec=0",
+            "TimeoutStopSec=7",
+            "Slice=kari-apps.slice",
+            "SystemCallFilter=~@privileged @resources",
+            "TasksMax=512",
+            "BindReadOnlyPaths=/var/lib/kari/apps/web.shop/builds/key:/var/lib/kari/app",
+            "BindPaths=/var/lib/kari/apps/web.shop/state/web:/var/lib/kari/state",
+            "EnvironmentFile=/var/lib/kari/apps/web.shop/env/abc",
+            "Environment=\"PORT=20001\"",
+            "Environment=\"HOME=/var/lib/kari/state\"",
+            "Environment=\"KARI_DEPLOYMENT=shop\"",
+            r#"ExecStart=/usr/bin/env "--chdir=/var/lib/kari/app/services/shop" "--" "./serve" "--port=20001" "--log" "debug" "$$(LOG)" "100%%" "$$HOME""#,
+        ] {
+            assert!(
+                unit.text.lines().any(|l| l == line),
+                "{line}\n{}",
+                unit.text
+            );
+        }
+        assert!(!unit.text.contains("MemoryMax="), "no limit of its own");
+        let variables =
+            process_variables(&[variable("LOG", "info"), variable("PORT", "1")], &process);
+        assert_eq!(
+            variables,
+            BTreeMap::from([("LOG".to_owned(), "debug".to_owned())]),
+            "what Kari sets is not the user's"
+        );
+    }
+
+    #[test]
+    fn another_port_is_another_unit_of_the_same_content() {
+        let process = process(
+            serde_json::json!({"name": "web", "command": ["x", "$(PORT)"], "port": {"env": "PORT"}}),
+        );
+        let one = service(&process, &[], Some(20_001)).unwrap();
+        let two = service(&process, &[], Some(20_002)).unwrap();
+        assert_ne!(one.name, two.name);
+        assert_eq!(one.content, two.content);
+        let mut other = process.clone();
+        other.termination_grace_period_seconds = 31;
+        assert_ne!(
+            service(&other, &[], Some(20_001)).unwrap().content,
+            one.content
+        );
+        assert_eq!(service(&process, &[], Some(20_001)).unwrap(), one);
+    }
+
+    #[test]
+    fn limits_are_written_in_systemds_units() {
+        let mut process = process(serde_json::json!({"name": "web", "command": ["x"]}));
+        let limits = ResourceLimits {
+            cpu: Some(Cpu(IntOrString::String("1500m".to_owned()))),
+            memory: Some(Memory(IntOrString::String("256Mi".to_owned()))),
+            tasks: Some(9),
+        };
+        process.resources = Some(ProcessResources {
+            limits: Some(limits.clone()),
+        });
+        process.termination_grace_period_seconds = 0;
+        let text = service(&process, &[], None).unwrap().text;
+        for line in [
+            "CPUQuota=150.0%",
+            "MemoryMax=268435456",
+            "MemorySwapMax=0",
+            "TasksMax=9",
+            "KillSignal=SIGKILL",
+            "TimeoutStopSec=1",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line}\n{text}");
+        }
+        let mut of_build = build(serde_json::json!({"run": "make"}));
+        assert_eq!(step(Some(&of_build)).limits, DEFAULT_BUILD_LIMITS);
+        of_build.resources = Some(BuildResources {
+            limits: Some(limits),
+        });
+        assert_eq!(
+            step(Some(&of_build)).limits,
+            StepLimits {
+                cpu_millis: 1500,
+                memory_bytes: 256 << 20,
+                tasks: 9
+            }
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_run_is_refused_and_named() {
+        let refused = |json, port| service(&process(json), &[], port).unwrap_err().to_string();
+        let with = |command: &[&str]| serde_json::json!({"name": "web", "command": command});
+        assert!(refused(with(&["x", "$(NOPE)"]), None).contains("process web: $(NOPE)"));
+        assert!(refused(with(&[""]), None).contains("name of a program"));
+        assert!(refused(with(&["A=1", "x"]), None).contains("without '='"));
+        assert!(refused(with(&["x", "a\0b"]), None).contains("NUL"));
+        assert!(refused(with(&["x"]), Some(1)).contains("no port"));
+        assert!(
+            refused(
+                serde_json::json!({"name": "web", "command": ["x"], "port": {"env": "P"}}),
+                None
+            )
+            .contains("a port")
+        );
+    }
+
+    #[test]
+    fn a_variable_in_a_command_expands_as_core_v1_says() {
+        let value_of = |name: &str| (name == "A").then_some("1");
+        for (word, expanded) in [
+            ("$(A)", Ok("1")),
+            ("x$(A)$(A)y", Ok("x11y")),
+            ("$$(A)", Ok("$(A)")),
+            ("$$$(A)", Ok("$1")),
+            ("$", Ok("$")),
+            ("$(A", Ok("$(A")),
+            ("$A ${A}", Ok("$A ${A}")),
+            ("$(B)", Err("B")),
+            ("$()", Err("")),
+        ] {
+            let expected = expanded.map(str::to_owned).map_err(str::to_owned);
+            assert_eq!(expand_word(word, value_of), expected, "{word}");
+        }
+    }
+
+    #[test]
+    fn a_build_is_checked_out_before_it_runs_and_its_words_do_not_reach_systemd() {
+        let of_build = build(
+            serde_json::json!({"run": "make; echo $$ %n\n", "network": false, "timeoutSeconds": 60}),
+        );
+        let spec = step(Some(&of_build));
+        assert!(spec.before[0].contains(&"checkout".to_owned()) && spec.before[0][0] == "-i");
+        assert_eq!(
+            spec.command,
+            [
+                "--chdir=/var/lib/kari/app/services/shop",
+                "/bin/sh",
+                "-eu",
+                "/var/lib/kari/build"
+            ]
+        );
+        assert_eq!((spec.network, spec.timeout_seconds), (false, 60));
+        assert_eq!(build_script(&of_build).unwrap(), "make; echo $$ %n\n");
+        let settings = step_properties(&spec).unwrap();
+        assert!(settings.contains(&Setting::new("PrivateNetwork", Value::Switch(true))));
+        assert!(!format!("{settings:?}").contains("echo"));
+
+        let words = build(serde_json::json!({"command": ["npm", "run", "it's"]}));
+        assert_eq!(
+            build_script(&words).unwrap(),
+            r"exec /usr/bin/env -- 'npm' 'run' 'it'\''s'".to_owned() + "\n"
+        );
+
+        let checkout = step(None);
+        assert!(checkout.before.is_empty() && checkout.command.contains(&"checkout".to_owned()));
+    }
+
+    #[test]
+    fn a_build_key_follows_from_what_the_tree_follows_from_and_from_nothing_else() {
+        let json = |extra: serde_json::Value| {
+            let mut json = serde_json::json!({"run": "make", "env": [{"name": "A", "value": "1"}, {"name": "B", "value": "2"}]});
+            json.as_object_mut()
+                .unwrap()
+                .extend(extra.as_object().unwrap().clone());
+            build(json)
+        };
+        let base = json(serde_json::json!({}));
+        let key = |build: &Build| build_key(&commit(), Some("d"), Some(build));
+        for same in [
+            serde_json::json!({"timeoutSeconds": 60}),
+            serde_json::json!({"resources": {"limits": {"tasks": 7}}}),
+            serde_json::json!({"env": [{"name": "B", "value": "2"}, {"name": "A", "value": "1"}]}),
+        ] {
+            assert_eq!(key(&json(same.clone())), key(&base), "{same}");
+        }
+        for other in [
+            serde_json::json!({"run": "make all"}),
+            serde_json::json!({"env": []}),
+            serde_json::json!({"network": false}),
+        ] {
+            assert_ne!(key(&json(other.clone())), key(&base), "{other}");
+        }
+        assert_ne!(build_key(&commit(), Some("e"), Some(&base)), key(&base));
+        assert_ne!(build_key(&commit(), Some("d"), None), key(&base));
+        assert_eq!(
+            build_key(&commit(), Some("d"), None),
+            build_key(&commit(), None, None),
+            "a checkout is the whole tree"
+        );
+        let other = Commit::parse(&"0".repeat(40)).unwrap();
+        assert_ne!(build_key(&other, Some("d"), Some(&base)), key(&base));
+    }
+
+    #[test]
+    fn a_target_reads_back() {
+        let units = [
+            "kari.web.shop.web.0.service".to_owned(),
+            "kari.web.shop.worker.1.service".to_owned(),
+        ];
+        let text = target_text(&app(), &units);
+        assert_eq!(target_units(&text), units);
+        assert!(text.contains("WantedBy=multi-user.target"));
+        assert_eq!(
+            target_units(&target_text(&app(), &[])),
+            Vec::<String>::new()
+        );
+    }
+
+    proptest! {
+        /// Whatever users write into a command and a directory, the unit has the same lines but for ExecStart.
+        #[test]
+        fn no_text_of_a_user_adds_a_directive(command in prop::collection::vec("[^\\x00$]{1,30}", 1..4), directory in "[^\\x00]{0,20}") {
+            prop_assume!(!command[0].contains('='));
+            let process = process(serde_json::json!({"name": "web", "command": command}));
+            let plain = process_with(&process, "d");
+            let odd = process_with(&process, &directory);
+            let names = |text: &str| text.lines().map(|l| l.split('=').next().unwrap_or_default().to_owned()).collect::<Vec<_>>();
+            prop_assert_eq!(names(&plain), names(&odd));
+            prop_assert_eq!(plain.lines().filter(|l| l.starts_with("Exec")).count(), 1);
+        }
+    }
+
+    fn process_with(process: &Process, directory: &str) -> String {
+        service_unit(&ServiceSpec {
+            app: &app(),
+            process,
+            variables: &BTreeMap::new(),
+            env_file: Path::new("/e"),
+            port: None,
+            commit: &commit(),
+            node: &NodeName::new("n1"),
+            tree: Path::new("/t"),
+            directory: Some(directory),
+            state: None,
+            user: "kari-50001",
+            tool_path: "/bin",
+        })
+        .unwrap()
+        .text
+    }
+}

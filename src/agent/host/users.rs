@@ -102,7 +102,11 @@ pub struct Users {
 impl Users {
     /// Users in `userdb` ([`FOLDER`] but for tests), with uids of `range`.
     pub fn new(userdb: &Path, range: RangeInclusive<u32>) -> Self {
-        Self { userdb: userdb.to_owned(), range, choosing: Mutex::new(()) }
+        Self {
+            userdb: userdb.to_owned(),
+            range,
+            choosing: Mutex::new(()),
+        }
     }
 
     /// The users of an app, whose folder exists: those that it has, else new ones.
@@ -113,15 +117,26 @@ impl Users {
         };
         let app = folder.app();
         Ok(AppUsers {
-            build: self.ensure(app_user(record.build_uid), &format!("Kari: builds of {app}"))?,
-            service: self.ensure(app_user(record.service_uid), &format!("Kari: services of {app}"))?,
+            build: self.ensure(
+                app_user(record.build_uid),
+                &format!("Kari: builds of {app}"),
+            )?,
+            service: self.ensure(
+                app_user(record.service_uid),
+                &format!("Kari: services of {app}"),
+            )?,
         })
     }
 
     /// Takes the users of an app out of the user database. Their uids stay the app's until its folder,
     /// or `users.json` in it, is gone.
     pub fn remove_app(&self, folder: &AppFolder) -> Result<(), UsersError> {
-        if let Some(UsersRecord { version: _, build_uid, service_uid }) = folder.read_users()? {
+        if let Some(UsersRecord {
+            version: _,
+            build_uid,
+            service_uid,
+        }) = folder.read_users()?
+        {
             self.remove(&app_user(build_uid))?;
             self.remove(&app_user(service_uid))?;
         }
@@ -135,7 +150,13 @@ impl Users {
             Some(uid) => uid,
             None => self.free_uid(GIT_USER, &self.taken(store)?)?,
         };
-        self.ensure(User { name: GIT_USER.to_owned(), uid }, "Kari: mirrors of repositories")
+        self.ensure(
+            User {
+                name: GIT_USER.to_owned(),
+                uid,
+            },
+            "Kari: mirrors of repositories",
+        )
     }
 
     /// Chooses and records the uids of an app.
@@ -146,7 +167,11 @@ impl Users {
         let build_uid = self.free_uid(&format!("build {app}"), &taken)?;
         taken.insert(build_uid);
         let service_uid = self.free_uid(&format!("service {app}"), &taken)?;
-        let record = UsersRecord { version: RECORD_VERSION, build_uid, service_uid };
+        let record = UsersRecord {
+            version: RECORD_VERSION,
+            build_uid,
+            service_uid,
+        };
         folder.write_users(&record)?;
         Ok(record)
     }
@@ -155,7 +180,12 @@ impl Users {
     fn taken(&self, store: &Store) -> Result<BTreeSet<u32>, UsersError> {
         let mut taken: BTreeSet<u32> = self.recorded_git_uid().into_iter().collect();
         for app in store.apps()? {
-            if let Some(UsersRecord { version: _, build_uid, service_uid }) = store.app(&app).read_users()? {
+            if let Some(UsersRecord {
+                version: _,
+                build_uid,
+                service_uid,
+            }) = store.app(&app).read_users()?
+            {
                 taken.extend([build_uid, service_uid]);
             }
         }
@@ -166,7 +196,9 @@ impl Users {
     /// most likely has the uids it had, and those of one that left are not soon another's.
     fn free_uid(&self, purpose: &str, taken: &BTreeSet<u32>) -> Result<u32, UsersError> {
         let (first, last) = (*self.range.start(), *self.range.end());
-        let exhausted = || UsersError::Exhausted { range: self.range.clone() };
+        let exhausted = || UsersError::Exhausted {
+            range: self.range.clone(),
+        };
         let room = last.checked_sub(first).ok_or_else(exhausted)? + 1;
         let digest = hex_digest(purpose.as_bytes());
         let start = u32::from_str_radix(&digest[..7], 16).unwrap_or_default() % room;
@@ -186,7 +218,9 @@ impl Users {
     /// The uid of the mirrors' user, which its own drop-in records.
     fn recorded_git_uid(&self) -> Option<u32> {
         let text = fs::read(self.userdb.join(format!("{GIT_USER}.user"))).ok()?;
-        serde_json::from_slice::<UserDropIn>(&text).ok().map(|user| user.uid)
+        serde_json::from_slice::<UserDropIn>(&text)
+            .ok()
+            .map(|user| user.uid)
     }
 
     /// Writes the drop-ins of a user where they are not as they should be.
@@ -196,7 +230,11 @@ impl Users {
         }
         let User { name, uid } = &user;
         let (name, uid) = (name.clone(), *uid);
-        let group = GroupDropIn { group_name: name.clone(), gid: uid, disposition: "system".to_owned() };
+        let group = GroupDropIn {
+            group_name: name.clone(),
+            gid: uid,
+            disposition: "system".to_owned(),
+        };
         let record = UserDropIn {
             user_name: name.clone(),
             real_name: real_name.to_owned(),
@@ -213,7 +251,13 @@ impl Users {
     }
 
     /// `<name>.<kind>`, and `<uid>.<kind>` as a link to it.
-    fn put(&self, name: &str, uid: u32, kind: &str, drop_in: &impl Serialize) -> Result<(), UsersError> {
+    fn put(
+        &self,
+        name: &str,
+        uid: u32,
+        kind: &str,
+        drop_in: &impl Serialize,
+    ) -> Result<(), UsersError> {
         let path = self.userdb.join(format!("{name}.{kind}"));
         let mut text = serde_json::to_vec(drop_in).map_err(|error| wrong(&path)(error.into()))?;
         text.push(b'\n');
@@ -266,11 +310,17 @@ struct GroupDropIn {
 }
 
 fn app_user(uid: u32) -> User {
-    User { name: format!("kari-{uid}"), uid }
+    User {
+        name: format!("kari-{uid}"),
+        uid,
+    }
 }
 
 fn wrong(path: &Path) -> impl FnOnce(io::Error) -> UsersError {
-    move |source| UsersError::Io { path: path.to_owned(), source }
+    move |source| UsersError::Io {
+        path: path.to_owned(),
+        source,
+    }
 }
 
 fn remove_file(path: &Path) -> Result<(), UsersError> {
@@ -306,7 +356,11 @@ fn getent(database: &str, number: u32) -> io::Result<bool> {
         match child.try_wait()?.map(|status| status.code()) {
             Some(Some(0)) => return Ok(true),
             Some(Some(NOT_FOUND)) => return Ok(false),
-            Some(code) => return Err(io::Error::other(format!("getent {database} ended with {code:?}"))),
+            Some(code) => {
+                return Err(io::Error::other(format!(
+                    "getent {database} ended with {code:?}"
+                )));
+            }
             None if Instant::now() >= deadline => {
                 child.kill()?;
                 child.wait()?;
@@ -345,7 +399,11 @@ mod tests {
         fn drop_ins(&self) -> Vec<String> {
             let entries = fs::read_dir(self.root.path().join("userdb"));
             let mut names: Vec<_> = entries
-                .map(|entries| entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect())
+                .map(|entries| {
+                    entries
+                        .map(|e| e.unwrap().file_name().into_string().unwrap())
+                        .collect()
+                })
                 .unwrap_or_default();
             names.sort();
             names
@@ -363,15 +421,27 @@ mod tests {
         assert_eq!(fixture.drop_ins().len(), 8);
 
         // Also by an agent that starts anew, and where an administrator broke a drop-in.
-        let path = fixture.root.path().join("userdb").join(format!("{}.user", first.service.name));
+        let path = fixture
+            .root
+            .path()
+            .join("userdb")
+            .join(format!("{}.user", first.service.name));
         fs::write(&path, "{}").unwrap();
         assert_eq!(fixture.users(1..=2).ensure_app(&folder).unwrap(), first);
-        assert!(fs::read_to_string(&path).unwrap().contains(&format!("\"uid\":{}", first.service.uid)));
+        assert!(
+            fs::read_to_string(&path)
+                .unwrap()
+                .contains(&format!("\"uid\":{}", first.service.uid))
+        );
 
         users.remove_app(&folder).unwrap();
         users.remove_app(&folder).unwrap();
         assert_eq!(fixture.drop_ins(), Vec::<String>::new());
-        assert_eq!(users.ensure_app(&folder).unwrap(), first, "the uids stay the app's while its folder is there");
+        assert_eq!(
+            users.ensure_app(&folder).unwrap(),
+            first,
+            "the uids stay the app's while its folder is there"
+        );
     }
 
     #[test]
@@ -383,7 +453,10 @@ mod tests {
         let mut uids = BTreeSet::from([git.uid]);
         for name in ["a", "b"] {
             let AppUsers { build, service } = users.ensure_app(&fixture.folder(name)).unwrap();
-            assert!(uids.insert(build.uid) && uids.insert(service.uid), "{uids:?}");
+            assert!(
+                uids.insert(build.uid) && uids.insert(service.uid),
+                "{uids:?}"
+            );
         }
         assert!(uids.iter().all(|uid| (54_000..=54_004).contains(uid)));
         let error = users.ensure_app(&fixture.folder("c")).unwrap_err();
@@ -400,7 +473,10 @@ mod tests {
     fn a_uid_that_the_node_knows_is_not_taken() {
         let fixture = fixture();
         assert!(is_known(0).unwrap());
-        let error = fixture.users(0..=0).ensure_app(&fixture.folder("shop")).unwrap_err();
+        let error = fixture
+            .users(0..=0)
+            .ensure_app(&fixture.folder("shop"))
+            .unwrap_err();
         assert!(matches!(error, UsersError::Exhausted { .. }), "{error}");
     }
 

@@ -86,7 +86,15 @@ impl AppFolder {
     /// another app: the last act of a removal that keeps state.
     pub fn remove_all_but_state(&self) -> Result<(), StoreError> {
         // applied.json carries the tombstone, so it goes last.
-        for name in ["attempt.json", "releases", "builds", "stage", "env", "logs", "applied.json"] {
+        for name in [
+            "attempt.json",
+            "releases",
+            "builds",
+            "stage",
+            "env",
+            "logs",
+            "applied.json",
+        ] {
             self.store.trash(&self.path.join(name))?;
         }
         Ok(())
@@ -123,7 +131,10 @@ impl AppFolder {
         write_record(&self.path.join("users.json"), record)
     }
     /// `releases/<revision>.json`.
-    pub fn read_release(&self, revision: &RevisionName) -> Result<Option<ReleaseRecord>, StoreError> {
+    pub fn read_release(
+        &self,
+        revision: &RevisionName,
+    ) -> Result<Option<ReleaseRecord>, StoreError> {
         read_record(&self.release(revision)?)
     }
     /// `releases/<revision>.json`.
@@ -148,7 +159,11 @@ impl AppFolder {
 
     fn revisions(&self) -> Result<Vec<RevisionName>, StoreError> {
         let names = durable::names_in(&self.path.join("releases"))?;
-        Ok(names.iter().filter_map(|name| name.strip_suffix(".json")).map(RevisionName::new).collect())
+        Ok(names
+            .iter()
+            .filter_map(|name| name.strip_suffix(".json"))
+            .map(RevisionName::new)
+            .collect())
     }
 
     // ---- Builds ----
@@ -165,7 +180,9 @@ impl AppFolder {
 
     /// The stage of a build, which need not exist.
     pub fn stage(&self, key: &BuildKey, build_try: u32) -> Stage {
-        Stage { path: self.path.join("stage").join(format!("{key}.{build_try}")) }
+        Stage {
+            path: self.path.join("stage").join(format!("{key}.{build_try}")),
+        }
     }
 
     /// Makes the stage of a build anew, for the user `uid`; what stood there goes to the trash, so its
@@ -203,7 +220,11 @@ impl AppFolder {
 
     /// The last lines of a log, at most [`LOG_TAIL_BYTES`], as text without control characters; nothing
     /// if there is no log or nothing in it.
-    pub fn log_tail(&self, release_id: &ReleaseId, step: &str) -> Result<Option<String>, StoreError> {
+    pub fn log_tail(
+        &self,
+        release_id: &ReleaseId,
+        step: &str,
+    ) -> Result<Option<String>, StoreError> {
         let path = self.log(release_id, step);
         let read = || -> io::Result<(Vec<u8>, bool)> {
             let mut file = fs::File::open(&path)?;
@@ -294,13 +315,24 @@ pub struct References {
 
 /// What nothing refers to, as paths relative to the app's folder: what is there, less what is in use.
 pub fn garbage(contents: &Contents, references: &References) -> Vec<PathBuf> {
-    let Contents { builds, stages, releases, logs, env } = contents;
+    let Contents {
+        builds,
+        stages,
+        releases,
+        logs,
+        env,
+    } = contents;
     let within = |folder: &str, name: &str| Path::new(folder).join(name);
     let mut garbage = Vec::new();
     garbage.extend(
         stages
             .iter()
-            .filter(|name| !references.stages.iter().any(|(key, build_try)| **name == format!("{key}.{build_try}")))
+            .filter(|name| {
+                !references
+                    .stages
+                    .iter()
+                    .any(|(key, build_try)| **name == format!("{key}.{build_try}"))
+            })
             .map(|name| within("stage", name)),
     );
     garbage.extend(
@@ -318,7 +350,10 @@ pub fn garbage(contents: &Contents, references: &References) -> Vec<PathBuf> {
     garbage.extend(
         logs.iter()
             .filter(|name| {
-                let of = |id: &ReleaseId| name.strip_prefix(&id.to_string()).is_some_and(|rest| rest.starts_with('.'));
+                let of = |id: &ReleaseId| {
+                    name.strip_prefix(&id.to_string())
+                        .is_some_and(|rest| rest.starts_with('.'))
+                };
                 !references.logs.iter().any(of)
             })
             .map(|name| within("logs", name)),
@@ -334,14 +369,20 @@ pub fn garbage(contents: &Contents, references: &References) -> Vec<PathBuf> {
 fn read_record<R: Record>(path: &Path) -> Result<Option<R>, StoreError> {
     match durable::read(path)? {
         None => Ok(None),
-        Some(text) => {
-            records::parse(&text).map(Some).map_err(|source| StoreError::Record { path: path.to_owned(), source })
-        }
+        Some(text) => records::parse(&text)
+            .map(Some)
+            .map_err(|source| StoreError::Record {
+                path: path.to_owned(),
+                source,
+            }),
     }
 }
 
 fn write_record<R: Record>(path: &Path, record: &R) -> Result<(), StoreError> {
-    let text = records::render(record).map_err(|source| StoreError::Record { path: path.to_owned(), source })?;
+    let text = records::render(record).map_err(|source| StoreError::Record {
+        path: path.to_owned(),
+        source,
+    })?;
     durable::write(path, &text, 0o600)
 }
 
@@ -351,7 +392,9 @@ fn file_name(name: &str) -> Result<&str, StoreError> {
     if !name.is_empty() && name.len() <= 250 && !name.starts_with('.') && name.bytes().all(plain) {
         Ok(name)
     } else {
-        Err(StoreError::Name { name: name.to_owned() })
+        Err(StoreError::Name {
+            name: name.to_owned(),
+        })
     }
 }
 
@@ -362,7 +405,10 @@ fn tail_of(content: &[u8], cut: bool) -> Option<String> {
         Some((_, rest)) if cut && !rest.is_empty() => rest,
         Some(_) | None => &text,
     };
-    let mut tail: String = whole.chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).collect();
+    let mut tail: String = whole
+        .chars()
+        .filter(|c| !c.is_control() || matches!(c, '\n' | '\t'))
+        .collect();
     // Bytes that are not UTF-8 have grown.
     while tail.len() > LOG_TAIL_BYTES {
         tail.remove(0);
@@ -400,7 +446,10 @@ mod tests {
         assert_eq!(folder.contents().unwrap(), Contents::default());
         assert_eq!(store.apps().unwrap(), vec![]);
         folder.create().unwrap();
-        assert_eq!(store.apps().unwrap(), vec![AppName::new("web", "shop").unwrap()]);
+        assert_eq!(
+            store.apps().unwrap(),
+            vec![AppName::new("web", "shop").unwrap()]
+        );
         folder.remove().unwrap();
         assert_eq!(store.apps().unwrap(), vec![]);
     }
@@ -409,13 +458,25 @@ mod tests {
     fn a_record_that_does_not_parse_says_so_and_stays() {
         let (_root, folder) = folder();
         let path = folder.path().join("users.json");
-        for (text, says) in [("{", "EOF"), ("{\"version\": 2}", "version 2"), ("", "EOF"), ("{\"version\": 1}", "buildUid")] {
+        for (text, says) in [
+            ("{", "EOF"),
+            ("{\"version\": 2}", "version 2"),
+            ("", "EOF"),
+            ("{\"version\": 1}", "buildUid"),
+        ] {
             fs::write(&path, text).unwrap();
             let error = folder.read_users().unwrap_err();
-            assert!(error.to_string().contains(says) && error.to_string().contains("users.json"), "{error}");
+            assert!(
+                error.to_string().contains(says) && error.to_string().contains("users.json"),
+                "{error}"
+            );
             assert_eq!(fs::read_to_string(&path).unwrap(), text);
         }
-        let users = UsersRecord { version: records::RECORD_VERSION, build_uid: 50001, service_uid: 50002 };
+        let users = UsersRecord {
+            version: records::RECORD_VERSION,
+            build_uid: 50001,
+            service_uid: 50002,
+        };
         folder.write_users(&users).unwrap();
         assert_eq!(folder.read_users().unwrap(), Some(users));
         assert_eq!(mode(&path), 0o600);
@@ -425,7 +486,13 @@ mod tests {
     fn a_revision_cannot_leave_its_folder() {
         let (_root, folder) = folder();
         for name in ["../x", "a/b", ".hidden", ""] {
-            assert!(matches!(folder.read_release(&RevisionName::new(name)), Err(StoreError::Name { .. })), "{name}");
+            assert!(
+                matches!(
+                    folder.read_release(&RevisionName::new(name)),
+                    Err(StoreError::Name { .. })
+                ),
+                "{name}"
+            );
         }
     }
 
@@ -437,7 +504,14 @@ mod tests {
         fs::write(stage.source().join("old"), "").unwrap();
         let stage = folder.create_stage(&key, 0, 0, Some("make\n")).unwrap();
         assert!(!stage.source().join("old").exists());
-        assert_eq!((mode(&stage.path), mode(&stage.source()), mode(&stage.temporary())), (0o700, 0o755, 0o700));
+        assert_eq!(
+            (
+                mode(&stage.path),
+                mode(&stage.source()),
+                mode(&stage.temporary())
+            ),
+            (0o700, 0o755, 0o700)
+        );
         assert_eq!(fs::metadata(stage.script()).unwrap().uid(), 0);
         assert_eq!(fs::read_to_string(stage.script()).unwrap(), "make\n");
     }
@@ -447,8 +521,15 @@ mod tests {
         let (_root, folder) = folder();
         let (digest, path) = folder.write_env(b"A=\"1\"\n").unwrap();
         let inode = fs::metadata(&path).unwrap().ino();
-        assert_eq!(folder.write_env(b"A=\"1\"\n").unwrap(), (digest.clone(), path.clone()));
-        assert_eq!(fs::metadata(&path).unwrap().ino(), inode, "it is not written again");
+        assert_eq!(
+            folder.write_env(b"A=\"1\"\n").unwrap(),
+            (digest.clone(), path.clone())
+        );
+        assert_eq!(
+            fs::metadata(&path).unwrap().ino(),
+            inode,
+            "it is not written again"
+        );
         assert_eq!(mode(&path), 0o600);
         assert_ne!(folder.write_env(b"A=\"2\"\n").unwrap().0, digest);
     }
@@ -461,11 +542,18 @@ mod tests {
         fs::write(folder.log(&id, "build"), " \n").unwrap();
         assert_eq!(folder.log_tail(&id, "build").unwrap(), None);
         fs::write(folder.log(&id, "build"), b"one\n\x1b[31mtwo\xff\n").unwrap();
-        assert_eq!(folder.log_tail(&id, "build").unwrap().as_deref(), Some("one\n[31mtwo\u{fffd}\n"));
+        assert_eq!(
+            folder.log_tail(&id, "build").unwrap().as_deref(),
+            Some("one\n[31mtwo\u{fffd}\n")
+        );
         let long: String = (0..2000).map(|n| format!("line {n}\n")).collect();
         fs::write(folder.log(&id, "build"), &long).unwrap();
         let tail = folder.log_tail(&id, "build").unwrap().unwrap();
-        assert!(tail.starts_with("line ") && tail.ends_with("line 1999\n") && tail.len() <= LOG_TAIL_BYTES);
+        assert!(
+            tail.starts_with("line ")
+                && tail.ends_with("line 1999\n")
+                && tail.len() <= LOG_TAIL_BYTES
+        );
         fs::write(folder.log(&id, "build"), vec![0xff; 10_000]).unwrap();
         assert!(folder.log_tail(&id, "build").unwrap().unwrap().len() <= LOG_TAIL_BYTES);
         assert_eq!(folder.log_bytes(&id, "build"), 10_000);
@@ -502,7 +590,10 @@ mod tests {
         .map(PathBuf::from)
         .to_vec();
         assert_eq!(garbage(&contents, &references), expected);
-        assert_eq!(garbage(&Contents::default(), &references), Vec::<PathBuf>::new());
+        assert_eq!(
+            garbage(&Contents::default(), &references),
+            Vec::<PathBuf>::new()
+        );
     }
 
     #[test]
@@ -510,10 +601,22 @@ mod tests {
         let (_root, folder) = folder();
         let state = folder.create_state("web", 0).unwrap();
         fs::write(state.join("db"), "rows").unwrap();
-        folder.write_users(&UsersRecord { version: records::RECORD_VERSION, build_uid: 1, service_uid: 2 }).unwrap();
+        folder
+            .write_users(&UsersRecord {
+                version: records::RECORD_VERSION,
+                build_uid: 1,
+                service_uid: 2,
+            })
+            .unwrap();
         folder.remove_all_but_state().unwrap();
-        assert_eq!(durable::names_in(folder.path()).unwrap(), ["state", "users.json"]);
+        assert_eq!(
+            durable::names_in(folder.path()).unwrap(),
+            ["state", "users.json"]
+        );
         folder.create().unwrap();
-        assert_eq!(fs::read_to_string(folder.create_state("web", 0).unwrap().join("db")).unwrap(), "rows");
+        assert_eq!(
+            fs::read_to_string(folder.create_state("web", 0).unwrap().join("db")).unwrap(),
+            "rows"
+        );
     }
 }

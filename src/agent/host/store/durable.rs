@@ -22,7 +22,12 @@ const LARGEST_READ_BYTES: u64 = 16 << 20;
 pub fn write(path: &Path, content: &[u8], mode: u32) -> Result<(), StoreError> {
     let beside = beside(path);
     let written = (|| {
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&beside)?;
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(mode)
+            .open(&beside)?;
         // Also if it was left over with another mode.
         file.set_permissions(Permissions::from_mode(mode))?;
         file.write_all(content)?;
@@ -45,7 +50,9 @@ fn beside(path: &Path) -> PathBuf {
 pub fn read(path: &Path) -> Result<Option<Vec<u8>>, StoreError> {
     let wrong = StoreError::io("read", path);
     match fs::metadata(path) {
-        Ok(metadata) if metadata.len() > LARGEST_READ_BYTES => Err(wrong(io::Error::from(Errno::FBIG))),
+        Ok(metadata) if metadata.len() > LARGEST_READ_BYTES => {
+            Err(wrong(io::Error::from(Errno::FBIG)))
+        }
         Ok(_) => match fs::read(path) {
             Ok(content) => Ok(Some(content)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -87,7 +94,9 @@ pub fn make_folder(path: &Path, mode: u32, owner: Option<u32>) -> Result<(), Sto
 
 /// Makes a change of a folder's entries durable.
 pub fn sync_folder(path: &Path) -> Result<(), StoreError> {
-    File::open(path).and_then(|folder| folder.sync_all()).map_err(StoreError::io("sync", path))
+    File::open(path)
+        .and_then(|folder| folder.sync_all())
+        .map_err(StoreError::io("sync", path))
 }
 
 /// The same for the folder that `path` is in.
@@ -99,7 +108,9 @@ pub fn sync_parent(path: &Path) -> Result<(), StoreError> {
 pub fn names_in(path: &Path) -> Result<Vec<String>, StoreError> {
     let wrong = StoreError::io("list", path);
     let listed = match fs::read_dir(path) {
-        Ok(entries) => entries.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>(),
+        Ok(entries) => entries
+            .map(|entry| Ok(entry?.file_name()))
+            .collect::<io::Result<Vec<_>>>(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(vec![]),
         Err(error) => Err(error),
     };

@@ -18,7 +18,9 @@ pub struct UnitFiles {
 impl UnitFiles {
     /// Those in `folder`: [`FOLDER`] but for tests.
     pub fn new(folder: &Path) -> Self {
-        Self { folder: folder.to_owned() }
+        Self {
+            folder: folder.to_owned(),
+        }
     }
 
     /// The path of a unit's file.
@@ -27,7 +29,9 @@ impl UnitFiles {
         if unit.starts_with("kari") && unit.bytes().all(plain) {
             Ok(self.folder.join(unit))
         } else {
-            Err(StoreError::Name { name: unit.to_owned() })
+            Err(StoreError::Name {
+                name: unit.to_owned(),
+            })
         }
     }
 
@@ -70,7 +74,10 @@ impl UnitFiles {
         match std::fs::remove_dir(&parent) {
             Ok(()) => durable::sync_parent(&parent),
             Err(error)
-                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) =>
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty
+                ) =>
             {
                 Ok(())
             }
@@ -116,7 +123,10 @@ mod tests {
         files.enable(unit).unwrap();
         files.enable(unit).unwrap();
         assert!(files.is_enabled(unit).unwrap());
-        assert_eq!(std::fs::read_to_string(folder.path().join(WANTS).join(unit)).unwrap(), "[Unit]\n");
+        assert_eq!(
+            std::fs::read_to_string(folder.path().join(WANTS).join(unit)).unwrap(),
+            "[Unit]\n"
+        );
         assert_eq!(files.read(unit).unwrap().as_deref(), Some("[Unit]\n"));
         std::fs::write(folder.path().join("other.service"), "").unwrap();
         assert_eq!(files.list().unwrap(), [unit]);
@@ -130,8 +140,17 @@ mod tests {
     #[test]
     fn a_name_that_is_not_karis_is_refused() {
         let files = UnitFiles::new(Path::new("/nowhere"));
-        for name in ["sshd.service", "kari/../x", "kari x.service", "kari%n.service", ""] {
-            assert!(matches!(files.write(name, ""), Err(StoreError::Name { .. })), "{name}");
+        for name in [
+            "sshd.service",
+            "kari/../x",
+            "kari x.service",
+            "kari%n.service",
+            "",
+        ] {
+            assert!(
+                matches!(files.write(name, ""), Err(StoreError::Name { .. })),
+                "{name}"
+            );
         }
     }
 }

@@ -47,18 +47,31 @@ impl Bag {
         }
     }
     fn switch(&self, name: &str) -> bool {
-        matches!(self.0.get(name).map(|value| &**value), Some(Variant::Bool(true)))
+        matches!(
+            self.0.get(name).map(|value| &**value),
+            Some(Variant::Bool(true))
+        )
     }
     fn texts(&self, name: &str) -> Vec<String> {
-        self.0.get(name).and_then(|value| Vec::<String>::try_from(value.clone()).ok()).unwrap_or_default()
+        self.0
+            .get(name)
+            .and_then(|value| Vec::<String>::try_from(value.clone()).ok())
+            .unwrap_or_default()
     }
     fn hex(&self, name: &str) -> String {
-        let bytes = self.0.get(name).and_then(|value| Vec::<u8>::try_from(value.clone()).ok()).unwrap_or_default();
+        let bytes = self
+            .0
+            .get(name)
+            .and_then(|value| Vec::<u8>::try_from(value.clone()).ok())
+            .unwrap_or_default();
         bytes.iter().map(|byte| format!("{byte:02x}")).collect()
     }
     /// Whether `Job` names one: its number is 0 where there is none.
     fn has_job(&self) -> bool {
-        let job = self.0.get("Job").and_then(|value| <(u32, OwnedObjectPath)>::try_from(value.clone()).ok());
+        let job = self
+            .0
+            .get("Job")
+            .and_then(|value| <(u32, OwnedObjectPath)>::try_from(value.clone()).ok());
         job.is_some_and(|(number, _)| number != 0)
     }
 }
@@ -110,12 +123,20 @@ fn property_of(name: &str, value: &Value) -> (String, Variant<'static>) {
         Value::Signed(number) => named(Variant::from(*number)),
         Value::Seconds(seconds) => {
             let stem = name.strip_suffix("Sec").unwrap_or(name);
-            (format!("{stem}USec"), Variant::from(u64::from(*seconds) * MICROS))
+            (
+                format!("{stem}USec"),
+                Variant::from(u64::from(*seconds) * MICROS),
+            )
         }
-        Value::CpuMillis(millis) => (format!("{name}PerSecUSec"), Variant::from(millis * (MICROS / 1000))),
+        Value::CpuMillis(millis) => (
+            format!("{name}PerSecUSec"),
+            Variant::from(millis * (MICROS / 1000)),
+        ),
         Value::Mask(mask) => named(Variant::from(*mask)),
         Value::Capabilities(set) => {
-            let bits = set.iter().fold(0u64, |bits, capability| bits | 1 << capability_number(*capability));
+            let bits = set.iter().fold(0u64, |bits, capability| {
+                bits | 1 << capability_number(*capability)
+            });
             named(Variant::from(bits))
         }
         // Bit 1: SECBIT_NOROOT_LOCKED, capabilities(7).
@@ -141,21 +162,36 @@ fn property_of(name: &str, value: &Value) -> (String, Variant<'static>) {
         Value::Bind(from, to) => {
             /// `MS_REC`, mount(2): what is mounted below comes along, as a unit file has it by default.
             const RECURSIVE: u64 = 16384;
-            named(Variant::from(vec![(from.clone(), to.clone(), false, RECURSIVE)]))
+            named(Variant::from(vec![(
+                from.clone(),
+                to.clone(),
+                false,
+                RECURSIVE,
+            )]))
         }
         Value::EnvironmentFile(path) => {
             let missing_is_fine = false;
-            ("EnvironmentFiles".to_owned(), Variant::from(vec![(path.clone(), missing_is_fine)]))
+            (
+                "EnvironmentFiles".to_owned(),
+                Variant::from(vec![(path.clone(), missing_is_fine)]),
+            )
         }
         Value::Environment(variables) => {
-            let assignments: Vec<String> = variables.iter().map(|(name, value)| format!("{name}={value}")).collect();
+            let assignments: Vec<String> = variables
+                .iter()
+                .map(|(name, value)| format!("{name}={value}"))
+                .collect();
             named(Variant::from(assignments))
         }
         Value::Command(program, arguments) => {
             let mut words = vec![(*program).to_owned()];
             words.extend(arguments.iter().cloned());
             let failure_is_fine = false;
-            named(Variant::from(vec![((*program).to_owned(), words, failure_is_fine)]))
+            named(Variant::from(vec![(
+                (*program).to_owned(),
+                words,
+                failure_is_fine,
+            )]))
         }
     }
 }

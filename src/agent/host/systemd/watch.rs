@@ -63,9 +63,15 @@ impl Session {
         for rule in rules {
             signals.push(MessageStream::for_match_rule(rule, &connection, None).await?);
         }
-        let proxy = ManagerProxy::builder(&connection).cache_properties(zbus::proxy::CacheProperties::No).build().await?;
+        let proxy = ManagerProxy::builder(&connection)
+            .cache_properties(zbus::proxy::CacheProperties::No)
+            .build()
+            .await?;
         proxy.subscribe().await?;
-        Ok(Self { manager: Manager { connection, proxy }, signals })
+        Ok(Self {
+            manager: Manager { connection, proxy },
+            signals,
+        })
     }
 }
 
@@ -161,7 +167,11 @@ impl Watcher {
         let header = signal.header();
         match header.member().map(|member| member.as_str()) {
             Some("JobRemoved") => {
-                if let Ok((_, job, unit, result)) = signal.body().deserialize::<(u32, OwnedObjectPath, String, String)>() {
+                if let Ok((_, job, unit, result)) =
+                    signal
+                        .body()
+                        .deserialize::<(u32, OwnedObjectPath, String, String)>()
+                {
                     self.marked.mark(&unit);
                     // An error says that nobody waits for a job.
                     let _ = self.jobs.send(JobEnd { job, result });
@@ -173,7 +183,9 @@ impl Watcher {
                 }
             }
             Some("PropertiesChanged") => {
-                let label = header.path().and_then(|path| path.as_str().strip_prefix(UNIT_PATHS));
+                let label = header
+                    .path()
+                    .and_then(|path| path.as_str().strip_prefix(UNIT_PATHS));
                 if let Some(label) = label.and_then(|label| label.strip_prefix('/')) {
                     self.marked.mark(&zbus_systemd::bus_label_unescape(label));
                 }
@@ -192,7 +204,14 @@ impl Watcher {
                 () = tokio::time::sleep(delay) => {}
                 () = self.events.closed() => return None,
             }
-            match bounded("Subscribe", "", CALL_LIMIT, Session::open(self.address.as_deref())).await {
+            match bounded(
+                "Subscribe",
+                "",
+                CALL_LIMIT,
+                Session::open(self.address.as_deref()),
+            )
+            .await
+            {
                 Ok(session) => return Some(session),
                 Err(error) => tracing::debug!(%error, "the system bus is still away"),
             }

@@ -1,6 +1,9 @@
 //! What the runtime does when the API server, or the way to it, fails: against
 //! a real API server, with faults put into the client.
 
+// A test's own functions unwrap as the tests do; clippy exempts only the tests.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 mod layer;
 
 use std::collections::BTreeMap;

@@ -1,5 +1,10 @@
 //! The host layer on a real systemd: units, jails, users and limits as they are, not as they read.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test ends where something is not as it must be"
+)]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;

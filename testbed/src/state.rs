@@ -369,7 +369,8 @@ impl Directory {
     }
 
     fn record(&self, part: Part) -> PathBuf {
-        self.join("parts").join(format!("{}.json", part.file_name()))
+        self.join("parts")
+            .join(format!("{}.json", part.file_name()))
     }
 }
 

@@ -1,4 +1,7 @@
 //! The host layer on a real systemd: units, jails, users and limits as they are, not as they read.
+//!
+//! Each test runs twice: outside, where it copies this program into a node and starts itself there, and
+//! in the node, where it is what its name says.
 
 #![allow(
     clippy::unwrap_used,
@@ -10,7 +13,6 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::time::Duration;
 
 use kari::agent::host::jail::Setting;
@@ -21,7 +23,8 @@ use kari::agent::host::users::{self, AppUsers, Users};
 use kari::agent::host::{limits, seal, slices, store, unit};
 use kari::api::deployment::{Build, EnvVar, Process};
 use kari::api::names::{AppName, Commit, NodeName, ReleaseId};
-use tokio::sync::{OnceCell, RwLock, RwLockReadGuard, mpsc};
+use testbed::{Options, Testbed};
+use tokio::sync::{Mutex, OnceCell, mpsc};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
@@ -29,15 +32,70 @@ const TOOL_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 /// The longest that anything here may take; far above what it does.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// Set where a test runs in the node.
+const IN_NODE: &str = "KARI_TEST_IN_NODE";
+/// This program in the node.
+const PROGRAM: &str = "/root/host_units";
+
+/// One node for all tests; taken down when this process ends.
+static TESTBED: OnceCell<Testbed> = OnceCell::const_new();
+/// One test at a time: some take the bus away, and the store has one owner.
+static TURN: Mutex<()> = Mutex::const_new(());
+
+/// Outside: runs the calling test in the node, and is true. In the node: false.
+macro_rules! outside {
+    () => {
+        run_in_node(std::any::type_name_of_val(&|| ())).await
+    };
+}
+
+async fn run_in_node(path: &str) -> bool {
+    if std::env::var_os(IN_NODE).is_some() {
+        return false;
+    }
+    let testbed = TESTBED.get_or_init(node_with_this_program).await;
+    let _turn = TURN.lock().await;
+    run_once(testbed, path.split("::").nth(1).unwrap(), "1").await;
+    true
+}
+
+/// Runs a test in the node, which finds `phase` in [`IN_NODE`].
+async fn run_once(testbed: &Testbed, test: &str, phase: &str) {
+    let variable = format!("{IN_NODE}={phase}");
+    let words = ["env", &variable, PROGRAM, "--exact", test, "--nocapture"];
+    let output = testbed.node("n1").unwrap().exec(words).await.unwrap();
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(
+        output.status.success() && text.contains("1 passed"),
+        "{text}"
+    );
+    print!("{text}");
+}
+
+async fn node_with_this_program() -> Testbed {
+    let testbed = Testbed::up(Options {
+        kari: false,
+        ..Options::default()
+    })
+    .await
+    .unwrap();
+    let mut copy = testbed.node("n1").unwrap().command("sh").unwrap();
+    copy.args(["-c", &format!("cat >{PROGRAM} && chmod 755 {PROGRAM}")]);
+    copy.stdin(fs::File::open(std::env::current_exe().unwrap()).unwrap());
+    assert!(copy.status().unwrap().success());
+    testbed
+}
+
 /// The node's agent, as far as the host layer goes.
 struct Host {
     store: Store,
     users: Users,
     files: UnitFiles,
 }
-
-/// Read by every test that talks to systemd, written by the one that takes the bus away.
-static BUS: RwLock<()> = RwLock::const_new(());
 
 static HOST: OnceCell<Host> = OnceCell::const_new();
 
@@ -64,15 +122,9 @@ struct App {
     systemd: Systemd,
     /// Kept, as the client's watcher lives as long as its reader.
     _events: mpsc::Receiver<HostEvent>,
-    _bus: Arc<RwLockReadGuard<'static, ()>>,
 }
 
 async fn app(name: &str) -> App {
-    with_bus(name, Arc::new(BUS.read().await)).await
-}
-
-/// An app of a test that holds the bus already.
-async fn with_bus(name: &str, bus: Arc<RwLockReadGuard<'static, ()>>) -> App {
     let host = host().await;
     let (systemd, events) = systemd().await;
     let name = AppName::new("test", name).unwrap();
@@ -86,7 +138,6 @@ async fn with_bus(name: &str, bus: Arc<RwLockReadGuard<'static, ()>>) -> App {
         files: &host.files,
         systemd,
         _events: events,
-        _bus: bus,
     }
 }
 
@@ -295,6 +346,9 @@ mv $STATE_DIRECTORY/env.tmp $STATE_DIRECTORY/env; mv $STATE_DIRECTORY/words.tmp 
 
 #[tokio::test]
 async fn every_text_of_a_user_reaches_its_program_unchanged() {
+    if outside!() {
+        return;
+    }
     let app = app("quote").await;
     let nasty = [
         "",
@@ -395,6 +449,9 @@ async fn every_text_of_a_user_reaches_its_program_unchanged() {
 
 #[tokio::test]
 async fn a_build_becomes_a_sealed_tree_that_a_service_runs_in() {
+    if outside!() {
+        return;
+    }
     let app = app("pipeline").await;
     let step = app
         .build(
@@ -427,7 +484,8 @@ async fn a_build_becomes_a_sealed_tree_that_a_service_runs_in() {
         Some(1)
     );
     app.systemd.stop_unit(&step.unit, LIMIT).await.unwrap();
-    assert_eq!(app.systemd.get_unit_state(&step.unit).await.unwrap(), None);
+    let left = app.systemd.get_unit_state(&step.unit).await.unwrap();
+    assert_eq!(left, None, "a transient unit that is stopped is gone");
     let tree = seal::seal(&app.folder, &step.key, 0).unwrap();
     seal::resolve_beneath(&tree, Some("sub")).unwrap();
     assert!(tree.join("sub/serve").exists() && !tree.join("sub/pipe").exists());
@@ -446,9 +504,12 @@ async fn a_build_becomes_a_sealed_tree_that_a_service_runs_in() {
 
 #[tokio::test]
 async fn each_way_in_which_a_build_ends_is_told_from_the_others() {
+    if outside!() {
+        return;
+    }
     let app = app("ends").await;
     let files = [("file", "")];
-    let run = |script: &str| serde_json::json!({"run": script, "timeoutSeconds": 10, "resources": {"limits": {"memory": "64Mi", "tasks": 64}}});
+    let run = |script: &str| serde_json::json!({"run": script, "timeoutSeconds": 2, "resources": {"limits": {"memory": "64Mi", "tasks": 64}}});
 
     let step = app.build(&files, None, run("echo no; exit 3")).await;
     let result = app.built(&step).await;
@@ -560,6 +621,9 @@ async fn each_way_in_which_a_build_ends_is_told_from_the_others() {
 
 #[tokio::test]
 async fn a_unit_that_systemd_refuses_is_told_from_one_that_is_not_there() {
+    if outside!() {
+        return;
+    }
     let app = app("refused").await;
     let missing = app
         .systemd
@@ -607,6 +671,9 @@ async fn a_unit_that_systemd_refuses_is_told_from_one_that_is_not_there() {
 
 #[tokio::test]
 async fn the_exposure_of_the_jails_is_what_the_readme_says() {
+    if outside!() {
+        return;
+    }
     let app = app("exposure").await;
     let exposure = |unit: &str| {
         let output = Command::new("systemd-analyze")
@@ -673,8 +740,10 @@ try own-tree cat /var/lib/kari/app/file
 
 #[tokio::test]
 async fn an_app_sees_nothing_of_its_neighbour() {
-    let bus = Arc::new(BUS.read().await);
-    let neighbour = with_bus("neighbour", bus.clone()).await;
+    if outside!() {
+        return;
+    }
+    let neighbour = app("neighbour").await;
     let tree = neighbour.tree(&[("file", "secret")]);
     let secret = EnvVar {
         name: "SECRET".to_owned(),
@@ -695,7 +764,7 @@ async fn an_app_sees_nothing_of_its_neighbour() {
         "the node's own shm is not the jail's"
     );
 
-    let app = with_bus("pry", bus).await;
+    let app = app("pry").await;
     let own = app.tree(&[("file", "mine")]);
     let env_file = fs::read_dir(neighbour.folder.path().join("env"))
         .unwrap()
@@ -737,7 +806,9 @@ async fn an_app_sees_nothing_of_its_neighbour() {
 
 #[tokio::test]
 async fn a_restart_of_the_bus_is_survived_and_everything_is_looked_at_anew() {
-    let _bus = BUS.write().await;
+    if outside!() {
+        return;
+    }
     let (systemd, mut events) = systemd().await;
     assert_eq!(events.recv().await, Some(HostEvent::Everything));
     let bus = systemd
@@ -772,6 +843,9 @@ async fn a_restart_of_the_bus_is_survived_and_everything_is_looked_at_anew() {
 
 #[tokio::test]
 async fn an_event_names_the_unit_that_changed() {
+    if outside!() {
+        return;
+    }
     let app = app("events").await;
     let (_second, mut events) = systemd().await;
     let tree = app.tree(&[]);
@@ -796,7 +870,9 @@ async fn an_event_names_the_unit_that_changed() {
 
 #[tokio::test]
 async fn limits_are_proven_by_what_they_stop() {
-    let _bus = BUS.read().await;
+    if outside!() {
+        return;
+    }
     let host = host().await;
     let git = host.users.ensure_git(&host.store).unwrap();
     let (systemd, _events) = systemd().await;
@@ -824,6 +900,9 @@ async fn limits_are_proven_by_what_they_stop() {
 
 #[tokio::test]
 async fn slices_are_installed_once() {
+    if outside!() {
+        return;
+    }
     let app = app("slices").await;
     slices::install(&app.systemd, app.files).await.unwrap();
     let tree = app.tree(&[]);
@@ -847,4 +926,217 @@ async fn slices_are_installed_once() {
         ("/etc/systemd/system/kari-apps.slice", false)
     );
     app.systemd.stop_unit(&name, LIMIT).await.unwrap();
+}
+
+/// Each line is what a service could do that the default jail does not let it.
+const EXCEED: &str = r#"
+try() { name=$1; shift; if "$@" >/dev/null 2>&1; then echo "$name"; fi; }
+try low-port perl -MIO::Socket::INET -e 'IO::Socket::INET->new(LocalAddr => "127.0.0.1:81", Listen => 1) or exit 1'
+try other-path touch /srv/kari-test/x
+try packet perl -MSocket -e 'socket(S, 17, SOCK_RAW, 0) or exit 1'
+try inet6 perl -MSocket -e 'socket(S, AF_INET6, SOCK_STREAM, 0) or exit 1'
+try nice perl -e 'setpriority(0, 0, -5) or exit 1'
+try writable-code perl -e 'exit(syscall($ENV{MMAP}, 0, 4096, 7, 34, -1, 0) == -1)'
+"#;
+
+#[tokio::test]
+async fn each_exception_of_a_sandbox_gives_or_takes_what_it_names() {
+    if outside!() {
+        return;
+    }
+    let app = app("sandbox").await;
+    let tree = app.tree(&[]);
+    fs::create_dir_all("/srv/kari-test").unwrap();
+    fs::set_permissions("/srv/kari-test", fs::Permissions::from_mode(0o777)).unwrap();
+    // mmap(2) on x86-64, and on the architectures with the common numbers.
+    let mmap = if cfg!(target_arch = "x86_64") {
+        "9"
+    } else {
+        "222"
+    };
+    let env = [EnvVar {
+        name: "MMAP".to_owned(),
+        value: mmap.to_owned(),
+    }];
+    let script = format!(
+        "{{ {EXCEED} }} >$STATE_DIRECTORY/tmp; mv $STATE_DIRECTORY/tmp $STATE_DIRECTORY/found; exec sleep 1000"
+    );
+    for (name, sandbox, able) in [
+        (
+            "default",
+            serde_json::json!({}),
+            &["inet6", "writable-code"][..],
+        ),
+        (
+            "port",
+            serde_json::json!({"capabilities": ["CAP_NET_BIND_SERVICE"]}),
+            &["low-port", "inet6", "writable-code"],
+        ),
+        (
+            "path",
+            serde_json::json!({"writablePaths": ["/srv/kari-test"]}),
+            &["other-path", "inet6", "writable-code"],
+        ),
+        (
+            "packet",
+            serde_json::json!({"capabilities": ["CAP_NET_RAW"], "addressFamilies": ["AF_INET", "AF_PACKET"]}),
+            &["packet", "writable-code"],
+        ),
+        (
+            "families",
+            serde_json::json!({"addressFamilies": ["AF_INET"]}),
+            &["writable-code"],
+        ),
+        (
+            "nice",
+            serde_json::json!({"capabilities": ["CAP_SYS_NICE"]}),
+            &["inet6", "nice", "writable-code"],
+        ),
+        ("jit", serde_json::json!({"deny": ["JIT"]}), &["inet6"]),
+    ] {
+        let process = serde_json::json!({"name": name, "stateDirectory": true, "sandbox": sandbox,
+            "command": ["/bin/sh", "-c", script.replace('$', "$$")]});
+        let unit = app.serve(&tree, None, &env, process).await;
+        let found = file(&app.folder.path().join("state").join(name).join("found")).await;
+        assert_eq!(
+            String::from_utf8(found)
+                .unwrap()
+                .lines()
+                .collect::<Vec<_>>(),
+            able,
+            "{name}"
+        );
+        app.systemd.stop_unit(&unit, LIMIT).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_target_starts_the_services_that_it_names_without_a_reload() {
+    if outside!() {
+        return;
+    }
+    let app = app("target").await;
+    let tree = app.tree(&[]);
+    let process = |name: &str| serde_json::json!({"name": name, "command": ["sleep", "1000"]});
+    let mut units = vec![];
+    for name in ["web", "worker"] {
+        let unit = app.serve(&tree, None, &[], process(name)).await;
+        app.systemd.stop_unit(&unit, LIMIT).await.unwrap();
+        units.push(unit);
+    }
+    let target = unit::target_name(&app.name);
+    app.files
+        .write(&target, &unit::target_text(&app.name, &units))
+        .unwrap();
+    app.files.enable(&target).unwrap();
+    app.systemd.start_unit(&target).await.unwrap();
+    for unit in &units {
+        app.wait(unit, |state| state.active_state == ActiveState::Active)
+            .await;
+    }
+    let enabled = Command::new("systemctl")
+        .args(["is-enabled", &target])
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&enabled.stdout), "enabled\n");
+    for unit in units.iter().chain([&target]) {
+        app.systemd.stop_unit(unit, LIMIT).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_crash_loop_is_counted_and_its_program_that_is_missing_is_told() {
+    if outside!() {
+        return;
+    }
+    let app = app("crash").await;
+    let tree = app.tree(&[]);
+    let crash = app
+        .serve(
+            &tree,
+            None,
+            &[],
+            serde_json::json!({"name": "web", "command": ["sh", "-c", "exit 7"]}),
+        )
+        .await;
+    let missing = app
+        .serve(
+            &tree,
+            None,
+            &[],
+            serde_json::json!({"name": "gone", "command": ["no-such-program"]}),
+        )
+        .await;
+    let state = app
+        .wait(&crash, |state| {
+            state.n_restarts >= 2 && state.exec_main_code == 1
+        })
+        .await;
+    assert_eq!(state.exec_main_status, 7);
+    let state = app.wait(&missing, |state| state.exec_main_code == 1).await;
+    assert_eq!(state.exec_main_status, 127);
+    for unit in [crash, missing] {
+        app.systemd.stop_unit(&unit, LIMIT).await.unwrap();
+        let left = app.systemd.get_unit_state(&unit).await.unwrap();
+        assert!(
+            left.as_ref()
+                .is_none_or(|state| state.active_state == ActiveState::Inactive),
+            "{left:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_reboot_without_an_agent_comes_up_serving() {
+    const TEST: &str = "a_reboot_without_an_agent_comes_up_serving";
+    let target = "kari.test.reboot.target";
+    match std::env::var(IN_NODE).as_deref() {
+        Ok("before") => {
+            let app = app("reboot").await;
+            let tree = app.tree(&[("serve", "#!/bin/sh\nexec sleep 1000\n")]);
+            let process = |name: &str| serde_json::json!({"name": name, "command": ["./serve"], "stateDirectory": true});
+            let committed = app.serve(&tree, None, &[], process("web")).await;
+            // Runs, and was never committed.
+            app.serve(&tree, None, &[], process("attempt")).await;
+            app.files
+                .write(target, &unit::target_text(&app.name, &[committed]))
+                .unwrap();
+            app.files.enable(target).unwrap();
+        }
+        Ok("after") => {
+            let (systemd, _events) = systemd().await;
+            let app = App {
+                systemd,
+                ..app("reboot").await
+            };
+            let text = app.files.read(target).unwrap().unwrap();
+            let committed = &unit::target_units(&text)[0];
+            let state = app
+                .wait(committed, |state| state.active_state == ActiveState::Active)
+                .await;
+            assert!(state.main_pid > 0 && !state.need_daemon_reload, "{state:?}");
+            let patterns = unit::app_patterns(&app.name);
+            let running = app
+                .systemd
+                .list_units(&patterns.each_ref().map(String::as_str))
+                .await
+                .unwrap();
+            let names: Vec<_> = running.iter().map(|unit| unit.name.as_str()).collect();
+            assert_eq!(
+                names.len(),
+                2,
+                "the target and what it names, and nothing else: {names:?}"
+            );
+            app.files.disable(target).unwrap();
+            app.systemd.stop_unit(committed, LIMIT).await.unwrap();
+        }
+        Ok(phase) => panic!("{phase:?} is no phase of this test"),
+        Err(_) => {
+            let testbed = TESTBED.get_or_init(node_with_this_program).await;
+            let _turn = TURN.lock().await;
+            run_once(testbed, TEST, "before").await;
+            testbed.node("n1").unwrap().reboot().await.unwrap();
+            run_once(testbed, TEST, "after").await;
+        }
+    }
 }

@@ -14,6 +14,7 @@ pub mod users;
 // What systemd is told (pure), and telling it.
 pub mod jail;
 pub mod quote;
+pub mod slices;
 pub mod systemd;
 pub mod unit;
 

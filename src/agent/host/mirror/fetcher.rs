@@ -5,7 +5,6 @@
 
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -19,8 +18,7 @@ use super::refs;
 use super::schedule::{Action, MirrorState, Schedule, Seen, Start, Unit};
 use super::step::{Paths, SCRIPT, fetch_step};
 use super::{MirrorKey, Want};
-use crate::agent::host::files::{self, FileError};
-use crate::agent::host::store::{Store, StoreError};
+use crate::agent::host::store::{self, Store, StoreError, write_durably};
 use crate::agent::host::systemd::{Systemd, SystemdError};
 use crate::agent::host::unit::{UnitError, fetch_unit_name, step_properties};
 use crate::api::names::AppName;
@@ -56,9 +54,6 @@ pub struct MirrorSettings {
 /// Why a mirror cannot be looked at or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum MirrorError {
-    /// A file of ours.
-    #[error(transparent)]
-    File(#[from] FileError),
     /// The store.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -122,7 +117,7 @@ impl Mirrors {
 
     /// The app wants a commit; the newest want counts, and the same one again changes nothing.
     pub fn want(&self, app: &AppName, want: Want) {
-        let path = self.inner.store.mirror(MirrorKey::of(&want.source).as_str());
+        let path = self.mirror(&MirrorKey::of(&want.source));
         self.schedule().want(self.now(), app, want, path);
         self.inner.look.notify_one();
     }
@@ -154,10 +149,11 @@ impl Mirrors {
     /// for anybody goes to the trash. Idempotent.
     pub async fn release(&self, app: &AppName) -> Result<(), MirrorError> {
         self.unwant(app);
-        for key in self.inner.store.mirrors()? {
-            let mirror = self.inner.store.mirror(&key);
+        for name in store::names_in(&self.inner.store.mirrors())? {
+            let Some(key) = name.strip_suffix(".git") else { continue };
+            let key = MirrorKey(key.to_owned());
+            let mirror = self.mirror(&key);
             refs::release(&mirror, app).map_err(at("let go of a reference in", &mirror))?;
-            let key = MirrorKey(key);
             let is_held = refs::holds_any(&mirror).map_err(at("list the references of", &mirror))?;
             if is_held || self.schedule().is_wanted(&key) {
                 continue;
@@ -241,18 +237,15 @@ impl Mirrors {
 
     async fn start(&self, start: &Start) -> Result<(), MirrorError> {
         let Start { key, source, mode, holds } = start;
-        let Inner { store, systemd, settings, .. } = &*self.inner;
-        let mirror = store.mirror(key.as_str());
-        match fs::create_dir(&mirror) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(at("create", &mirror)(error)),
+        let Inner { systemd, settings, .. } = &*self.inner;
+        let mirror = self.mirror(key);
+        store::make_folder(&mirror, 0o755, Some(settings.uid))?;
+        let script = self.inner.store.mirrors().join("fetch.sh");
+        if store::read(&script)?.as_deref() != Some(SCRIPT.as_bytes()) {
+            write_durably(&script, SCRIPT.as_bytes(), 0o644)?;
         }
-        chown(&mirror, Some(settings.uid), Some(settings.uid)).map_err(at("give to kari-git", &mirror))?;
-        let script = self.beside(&mirror, "fetch.sh");
-        files::replace_if_different(&script, SCRIPT.as_bytes())?;
         let log = self.log(key);
-        files::remove(&log)?;
+        store::remove(&log)?;
         let paths = Paths { mirror, script, log };
         let step = fetch_step(source, paths, &settings.user, &settings.tool_path, *mode, holds);
         info!(mirror = key.as_str(), url = %source, commits = holds.len(), "fetching");
@@ -268,19 +261,18 @@ impl Mirrors {
     }
 
     fn drop_mirror(&self, key: &MirrorKey) -> Result<(), MirrorError> {
-        self.inner.store.trash(&self.inner.store.mirror(key.as_str()))?;
-        files::remove(&self.log(key))?;
+        self.inner.store.trash(&self.mirror(key))?;
+        store::remove(&self.log(key))?;
         Ok(())
+    }
+
+    fn mirror(&self, key: &MirrorKey) -> PathBuf {
+        self.inner.store.mirrors().join(format!("{}.git", key.as_str()))
     }
 
     /// In a folder that is root's alone.
     fn log(&self, key: &MirrorKey) -> PathBuf {
-        let mirror = self.inner.store.mirror(key.as_str());
-        self.beside(&mirror, &format!("{}.log", key.as_str()))
-    }
-
-    fn beside(&self, mirror: &Path, name: &str) -> PathBuf {
-        mirror.with_file_name(name)
+        self.inner.store.mirrors().join(format!("{}.log", key.as_str()))
     }
 
     /// Wakes the apps whose state is another than before, the time of the next try apart.

@@ -101,7 +101,7 @@ fn environment(transport: Transport, tool_path: &str) -> Vec<(String, String)> {
         Transport::Ssh => "ssh",
         Transport::Git => "git",
     };
-    let mut environment = vec![
+    let mut environment = [
         ("PATH", tool_path.to_owned()),
         ("HOME", "/tmp".to_owned()),
         // The words of git are read.

@@ -461,9 +461,9 @@ pub(super) enum Worker {
     Retiring,
 }
 
-/// What a process does, by the title that nginx gives it; nothing if it is no worker.
+/// What a process does, by the title that nginx gives it, which systemd quotes; nothing if it is no worker.
 pub(super) fn worker(title: &str) -> Option<Worker> {
-    let title = title.strip_prefix("nginx: worker process")?;
+    let title = title.trim_matches('"').strip_prefix("nginx: worker process")?;
     Some(if title.contains("is shutting down") { Worker::Retiring } else { Worker::Serving })
 }
 

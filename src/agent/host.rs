@@ -19,3 +19,9 @@ pub mod unit;
 
 // Whether it does what it was told.
 pub mod limits;
+pub mod port;
+pub mod probe;
+
+// Where the code comes from, and how requests come in.
+pub mod mirror;
+pub mod proxy;

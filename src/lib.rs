@@ -4,3 +4,4 @@
 //! In reading order: `api` is the contract.
 
 pub mod api;
+pub mod controller;

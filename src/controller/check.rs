@@ -129,11 +129,41 @@ mod tests {
     #[test]
     fn a_spec_that_cannot_be_carried_out_says_what_to_change() {
         for (case, pointer, value, reason, says) in [
-            ("insecure scheme", "/source/git/url", json!("http://a.example/x"), Reason::PolicyDenied, "https://"),
-            ("git scheme", "/source/git/url", json!("git://a.example/x"), Reason::PolicyDenied, "git://"),
-            ("unknown variable", "/processes/0/command", json!(["x", "--at=$(NOPE)"]), Reason::InvalidSpec, "processes[web].command: $(NOPE)"),
-            ("little memory", "/processes/0/resources", json!({"limits": {"memory": "1Mi"}}), Reason::InvalidSpec, "at least 4Mi"),
-            ("no source", "/source", json!({}), Reason::InvalidSpec, "spec.source"),
+            (
+                "insecure scheme",
+                "/source/git/url",
+                json!("http://a.example/x"),
+                Reason::PolicyDenied,
+                "https://",
+            ),
+            (
+                "git scheme",
+                "/source/git/url",
+                json!("git://a.example/x"),
+                Reason::PolicyDenied,
+                "git://",
+            ),
+            (
+                "unknown variable",
+                "/processes/0/command",
+                json!(["x", "--at=$(NOPE)"]),
+                Reason::InvalidSpec,
+                "processes[web].command: $(NOPE)",
+            ),
+            (
+                "little memory",
+                "/processes/0/resources",
+                json!({"limits": {"memory": "1Mi"}}),
+                Reason::InvalidSpec,
+                "at least 4Mi",
+            ),
+            (
+                "no source",
+                "/source",
+                json!({}),
+                Reason::InvalidSpec,
+                "spec.source",
+            ),
         ] {
             let mut spec = serde_json::to_value(deployment_spec()).unwrap_or_default();
             let (parent, key) = pointer.rsplit_once('/').unwrap_or_default();
@@ -143,11 +173,16 @@ mod tests {
                 .insert(key.to_owned(), value);
             let spec: DeploymentSpec =
                 serde_json::from_value(spec).unwrap_or_else(|e| panic!("{case}: {e}"));
-            let refusal = check(&spec, false).err().unwrap_or_else(|| panic!("{case}: taken"));
+            let refusal = check(&spec, false)
+                .err()
+                .unwrap_or_else(|| panic!("{case}: taken"));
             assert_eq!(refusal.reason, reason, "{case}");
             assert!(refusal.message.contains(says), "{case}: {refusal}");
             if reason == Reason::PolicyDenied {
-                assert!(check(&spec, true).is_ok(), "{case}: refused although allowed");
+                assert!(
+                    check(&spec, true).is_ok(),
+                    "{case}: refused although allowed"
+                );
             }
         }
     }
@@ -155,7 +190,10 @@ mod tests {
     #[test]
     fn variables_of_a_command_are_found_as_core_v1_spells_them() {
         assert_eq!(named_variables("a$(B)c$(D)"), ["B", "D"]);
-        assert_eq!(named_variables("$$(B) $ $(not a name) $(C"), Vec::<&str>::new());
+        assert_eq!(
+            named_variables("$$(B) $ $(not a name) $(C"),
+            Vec::<&str>::new()
+        );
         assert_eq!(named_variables("$$$(B)"), ["B"]);
     }
 }

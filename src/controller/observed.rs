@@ -244,11 +244,12 @@ impl ObservedRelease {
 
     /// What the agent's `Ready` says, if it says it.
     fn ready(&self) -> Option<bool> {
-        self.ready_condition().and_then(|c| match c.status.as_str() {
-            "True" => Some(true),
-            "False" => Some(false),
-            _ => None,
-        })
+        self.ready_condition()
+            .and_then(|c| match c.status.as_str() {
+                "True" => Some(true),
+                "False" => Some(false),
+                _ => None,
+            })
     }
 
     /// The agent's `Ready`.

@@ -20,9 +20,9 @@ use super::check::check;
 use super::observed::{
     FailureClass, Observed, ObservedNode, ObservedRevision, Outcome, RevisionData,
 };
+use super::revision;
 use super::rollout::{HELD_UP_LIMIT, Input, Rollout, Step, Wanted, all_held_up, decide};
 use super::status::{Facts, count, statements};
-use super::revision;
 
 /// Blocked revisions that the status names at most; the newest.
 const BLOCKED_REVISIONS_KEPT: usize = 5;
@@ -105,9 +105,8 @@ pub fn plan(observed: &Observed, now: Timestamp) -> Plan {
         .as_ref()
         .and_then(|w| refused_by_a_node(observed, w, retry.as_deref()));
 
-    let same_rollout = before.revision.as_deref()
-        == wanted.as_ref().map(|w| w.revision.as_str())
-        && !retried;
+    let same_rollout =
+        before.revision.as_deref() == wanted.as_ref().map(|w| w.revision.as_str()) && !retried;
     let rollout = decide(&Input {
         observed,
         wanted: wanted.as_ref(),
@@ -204,11 +203,14 @@ fn block_what_failed(
     retry: Option<&str>,
     blocked: &mut Vec<BlockedRevision>,
 ) {
-    if blocked.iter().any(|b| b.revision == wanted.revision.as_str()) {
+    if blocked
+        .iter()
+        .any(|b| b.revision == wanted.revision.as_str())
+    {
         return;
     }
-    let failed = failures(observed, wanted, retry)
-        .find(|(_, _, class)| *class == FailureClass::Revision);
+    let failed =
+        failures(observed, wanted, retry).find(|(_, _, class)| *class == FailureClass::Revision);
     if let Some((node, failure, _)) = failed {
         blocked.insert(
             0,
@@ -239,7 +241,13 @@ fn failures<'a>(
     observed: &'a Observed,
     wanted: &Wanted,
     retry: Option<&str>,
-) -> impl Iterator<Item = (&'a ObservedNode, &'a crate::api::release::Failure, FailureClass)> {
+) -> impl Iterator<
+    Item = (
+        &'a ObservedNode,
+        &'a crate::api::release::Failure,
+        FailureClass,
+    ),
+> {
     observed
         .nodes
         .iter()
@@ -250,7 +258,9 @@ fn failures<'a>(
                     && release.spec.revision == wanted.revision.as_str()
                     && release.retry.as_deref() == retry
             })?;
-            release.failed().map(|(failure, class)| (node, failure, class))
+            release
+                .failed()
+                .map(|(failure, class)| (node, failure, class))
         })
 }
 
@@ -299,11 +309,20 @@ fn progress(
     now: Timestamp,
 ) -> Progress {
     let status = &observed.deployment.status;
-    let strategy = observed.deployment.spec.strategy.clone().unwrap_or_default();
+    let strategy = observed
+        .deployment
+        .spec
+        .strategy
+        .clone()
+        .unwrap_or_default();
     let available_before = status.nodes.as_ref().map_or(0, |n| n.available);
     let moved = !same_rollout
         || counts.available > available_before
-        || !rollout.active.iter().map(NodeName::as_str).eq(status.active.iter().map(String::as_str));
+        || !rollout
+            .active
+            .iter()
+            .map(NodeName::as_str)
+            .eq(status.active.iter().map(String::as_str));
     let paused = all_held_up(observed, &rollout.active);
 
     let before = status.progress.clone().unwrap_or_default();

@@ -190,7 +190,11 @@ mod tests {
 
     fn data(change: impl FnOnce(&mut RevisionData)) -> RevisionData {
         let spec = deployment_spec();
-        let source = spec.source.git.clone().unwrap_or_else(|| panic!("a git source"));
+        let source = spec
+            .source
+            .git
+            .clone()
+            .unwrap_or_else(|| panic!("a git source"));
         let mut data = RevisionData {
             commit: commit('a'),
             template: render(&spec, &source),
@@ -206,7 +210,9 @@ mod tests {
         assert_eq!(plain.as_str().len(), "shop-".len() + 10);
         type Change = fn(&mut RevisionData);
         let same: [(&str, Change); 5] = [
-            ("url", |d| d.template.source.url = "https://b.example/x".into()),
+            ("url", |d| {
+                d.template.source.url = "https://b.example/x".into()
+            }),
             ("reference", |d| d.template.source.reference = None),
             ("minReadySeconds", |d| d.template.min_ready_seconds = 77),
             ("keepReleases", |d| d.template.keep_releases = 9),
@@ -217,10 +223,14 @@ mod tests {
         }
         let other: [(&str, Change); 5] = [
             ("commit", |d| d.commit = commit('b')),
-            ("directory", |d| d.template.source.directory = Some("x".into())),
+            ("directory", |d| {
+                d.template.source.directory = Some("x".into())
+            }),
             ("env", |d| d.template.env.clear()),
             ("build", |d| d.template.build = None),
-            ("processes", |d| d.template.processes[0].command.push("-v".into())),
+            ("processes", |d| {
+                d.template.processes[0].command.push("-v".into())
+            }),
         ];
         for (case, change) in other {
             assert_ne!(name("shop", &data(change), &[]), plain, "{case}");
@@ -271,19 +281,37 @@ mod tests {
         let reference = |json| serde_json::from_value::<GitReference>(json).ok();
         for (case, given, expected) in [
             ("absent", None, Some("refs/heads/main")),
-            ("branch", reference(json!({"branch": "a/b"})), Some("refs/heads/a/b")),
+            (
+                "branch",
+                reference(json!({"branch": "a/b"})),
+                Some("refs/heads/a/b"),
+            ),
             ("tag", reference(json!({"tag": "v1"})), Some("refs/tags/v1")),
-            ("name", reference(json!({"name": "refs/pull/7/head"})), Some("refs/pull/7/head")),
+            (
+                "name",
+                reference(json!({"name": "refs/pull/7/head"})),
+                Some("refs/pull/7/head"),
+            ),
             ("commit", reference(json!({"commit": "a".repeat(40)})), None),
         ] {
-            assert_eq!(full_reference(given.as_ref()).as_deref(), expected, "{case}");
+            assert_eq!(
+                full_reference(given.as_ref()).as_deref(),
+                expected,
+                "{case}"
+            );
         }
     }
 
     #[test]
     fn the_bytes_of_a_content_do_not_depend_on_the_order_of_keys() {
         let mut out = Vec::new();
-        write_canonically(&json!({"b": [1, {"z": "\"", "a": null}], "a": true}), &mut out);
-        assert_eq!(String::from_utf8_lossy(&out), r#"{"a":true,"b":[1,{"a":null,"z":"\""}]}"#);
+        write_canonically(
+            &json!({"b": [1, {"z": "\"", "a": null}], "a": true}),
+            &mut out,
+        );
+        assert_eq!(
+            String::from_utf8_lossy(&out),
+            r#"{"a":true,"b":[1,{"a":null,"z":"\""}]}"#
+        );
     }
 }

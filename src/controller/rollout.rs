@@ -17,9 +17,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use crate::api::ReleaseSpec;
 use crate::api::names::{NodeName, ReleaseId, RevisionName};
 
-use super::observed::{
-    Observed, ObservedNode, ObservedRelease, Presence, Reach, RevisionData,
-};
+use super::observed::{Observed, ObservedNode, ObservedRelease, Presence, Reach, RevisionData};
 
 /// Slots at most, whatever the spec says: `status.active` names each of them.
 pub const MOST_SLOTS: usize = 256;
@@ -105,7 +103,12 @@ pub enum Step {
 /// The slots that a Deployment has: `maxUnavailable` nodes or percent of those that match, rounded down,
 /// at least 1 and at most [`MOST_SLOTS`].
 pub fn budget(observed: &Observed) -> usize {
-    let strategy = observed.deployment.spec.strategy.clone().unwrap_or_default();
+    let strategy = observed
+        .deployment
+        .spec
+        .strategy
+        .clone()
+        .unwrap_or_default();
     let matching = observed
         .nodes
         .iter()
@@ -252,9 +255,8 @@ impl Assign<'_> {
             .and_then(|release| release.status.serving.as_ref())
             .filter(|serving| serving.revision == revision.as_str())
             .map(|serving| serving.release_id);
-        let release_id = served.unwrap_or_else(|| {
-            ReleaseId::derive(&deployment.uid, &node.name, revision, attempt)
-        });
+        let release_id = served
+            .unwrap_or_else(|| ReleaseId::derive(&deployment.uid, &node.name, revision, attempt));
         let retain = deployment
             .status
             .last_good_revision
@@ -290,8 +292,7 @@ fn supersede(assign: &Assign<'_>, rollout: &mut Rollout) {
         let Some(release) = &node.release else {
             continue;
         };
-        let mid_change =
-            !release.deleting && !release.committed() && release.failed().is_none();
+        let mid_change = !release.deleting && !release.committed() && release.failed().is_none();
         if mid_change && !assign.has_wanted(release) {
             rollout.steps.push(assign.step(node));
         }
@@ -306,7 +307,11 @@ fn begin(assign: &Assign<'_>, before: &BTreeSet<NodeName>, rollout: &mut Rollout
         .nodes
         .iter()
         .filter(|n| n.takes_part() && !rollout.active.contains(&n.name))
-        .filter(|n| n.release.as_ref().is_some_and(|r| !r.deleting && r.degraded()))
+        .filter(|n| {
+            n.release
+                .as_ref()
+                .is_some_and(|r| !r.deleting && r.degraded())
+        })
         .map(|n| &n.name)
         .collect();
     let mut candidates: Vec<&ObservedNode> = observed
@@ -353,7 +358,9 @@ fn give_back(assign: &Assign<'_>, rollout: &mut Rollout) {
             !release.deleting
                 && assign.has_wanted(release)
                 && !release.committed()
-                && release.held_up_for.is_some_and(|held| held >= HELD_UP_LIMIT)
+                && release
+                    .held_up_for
+                    .is_some_and(|held| held >= HELD_UP_LIMIT)
         }) else {
             continue;
         };

@@ -154,7 +154,11 @@ pub fn statements(facts: &Facts<'_>) -> Vec<Statement> {
         says(
             RECONCILING,
             reconciling,
-            if reconciling { (reason, message) } else { silent.clone() },
+            if reconciling {
+                (reason, message)
+            } else {
+                silent.clone()
+            },
         ),
         says(STALLED, stalled.is_some(), stalled.unwrap_or(silent)),
     ]
@@ -281,7 +285,10 @@ fn without_nodes(facts: &Facts<'_>) -> Verdict {
 fn without_commit(facts: &Facts<'_>) -> Verdict {
     let (reason, message) = match lookup_failure(facts) {
         Some(failure) => (failure.reason, failure.message.clone()),
-        None => (Reason::Resolving, "the source is being looked up".to_owned()),
+        None => (
+            Reason::Resolving,
+            "the source is being looked up".to_owned(),
+        ),
     };
     Verdict {
         ready: false,
@@ -300,7 +307,9 @@ fn rolling(facts: &Facts<'_>, served: &str) -> Verdict {
         .iter()
         .filter(|n| facts.rollout.active.contains(&n.name))
         .collect();
-    let held_up = active.iter().all(|n| n.release.as_ref().is_some_and(|r| r.held_up()));
+    let held_up = active
+        .iter()
+        .all(|n| n.release.as_ref().is_some_and(|r| r.held_up()));
     let failure = active.iter().find_map(|node| {
         let (failure, _) = node.release.as_ref()?.failure()?;
         Some((node, failure))
@@ -368,7 +377,12 @@ fn served(facts: &Facts<'_>, wanted: &Wanted) -> String {
 }
 
 fn changing(facts: &Facts<'_>) -> String {
-    let names: Vec<_> = facts.rollout.active.iter().map(NodeName::to_string).collect();
+    let names: Vec<_> = facts
+        .rollout
+        .active
+        .iter()
+        .map(NodeName::to_string)
+        .collect();
     if names.is_empty() {
         String::new()
     } else {

@@ -122,7 +122,12 @@ impl World {
 
     pub fn pass(&mut self, seconds: i64) {
         self.now += SignedDuration::from_secs(seconds);
-        for release in self.observed.nodes.iter_mut().filter_map(|n| n.release.as_mut()) {
+        for release in self
+            .observed
+            .nodes
+            .iter_mut()
+            .filter_map(|n| n.release.as_mut())
+        {
             if let Some(held) = &mut release.held_up_for {
                 *held += Duration::from_secs(seconds.unsigned_abs());
             }
@@ -208,7 +213,12 @@ impl World {
                 });
             }
             Some(RevisionStep::Renumber { name, number, .. }) => {
-                for revision in self.observed.revisions.iter_mut().filter(|r| r.name == *name) {
+                for revision in self
+                    .observed
+                    .revisions
+                    .iter_mut()
+                    .filter(|r| r.name == *name)
+                {
                     revision.number = *number;
                 }
             }
@@ -256,7 +266,13 @@ impl World {
                     held_up_for: None,
                 });
             }
-            Step::Update { name, uid, spec, retry, .. } => {
+            Step::Update {
+                name,
+                uid,
+                spec,
+                retry,
+                ..
+            } => {
                 let release = self.written(name, uid);
                 assert!(!release.deleting, "wrote to a dying Release: {name}");
                 if release.spec.release_id != spec.release_id {
@@ -277,7 +293,11 @@ impl World {
     }
 
     fn written(&mut self, name: &str, uid: &str) -> &mut ObservedRelease {
-        let mut releases = self.observed.nodes.iter_mut().filter_map(|n| n.release.as_mut());
+        let mut releases = self
+            .observed
+            .nodes
+            .iter_mut()
+            .filter_map(|n| n.release.as_mut());
         releases
             .find(|r| r.name == name && r.uid == uid)
             .unwrap_or_else(|| panic!("no Release {name} {uid}"))
@@ -365,7 +385,12 @@ impl World {
         for _ in 0..200 {
             let before = self.fingerprint();
             self.reconcile();
-            let names: Vec<_> = self.observed.nodes.iter().map(|n| n.name.to_string()).collect();
+            let names: Vec<_> = self
+                .observed
+                .nodes
+                .iter()
+                .map(|n| n.name.to_string())
+                .collect();
             for name in names {
                 if self.node(&name).reach == Reach::Fresh {
                     self.agent_commits(&name);
@@ -391,7 +416,9 @@ impl World {
             .iter()
             .filter_map(|r| Some((r.data.as_ref()?.commit.clone(), r.name.to_string())))
             .collect();
-        of.get(&commit(digit)).cloned().unwrap_or_else(|| panic!("no revision of {digit}"))
+        of.get(&commit(digit))
+            .cloned()
+            .unwrap_or_else(|| panic!("no revision of {digit}"))
     }
 }
 

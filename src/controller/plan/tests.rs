@@ -6,7 +6,11 @@ use crate::controller::observed::{Presence, Reach};
 use crate::controller::testing::World;
 
 fn there(matches: bool, canary: bool, cordoned: bool) -> Presence {
-    Presence::There { matches, canary, cordoned }
+    Presence::There {
+        matches,
+        canary,
+        cordoned,
+    }
 }
 
 #[test]
@@ -27,7 +31,10 @@ fn a_first_rollout_takes_one_node_after_another_and_ends_ready() {
     assert_eq!(world.stalled().0, "False/Deployed");
     let status = world.status();
     assert_eq!(status.last_good_revision, status.revision);
-    assert_eq!(status.nodes.as_ref().map(|n| n.summary.as_str()), Some("3/3"));
+    assert_eq!(
+        status.nodes.as_ref().map(|n| n.summary.as_str()),
+        Some("3/3")
+    );
     assert_eq!(status.progress, None);
 }
 
@@ -61,9 +68,16 @@ fn a_percentage_is_of_the_nodes_that_match_and_at_least_one() {
     use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
     for (percent, nodes, slots) in [("1%", 3, 1), ("50%", 5, 2), ("100%", 3, 3), ("25%", 8, 2)] {
         let mut world = World::new(nodes);
-        world.spec().strategy.get_or_insert_default().max_unavailable =
-            IntOrString::String(percent.into());
-        assert_eq!(crate::controller::rollout::budget(&world.observed), slots, "{percent} of {nodes}");
+        world
+            .spec()
+            .strategy
+            .get_or_insert_default()
+            .max_unavailable = IntOrString::String(percent.into());
+        assert_eq!(
+            crate::controller::rollout::budget(&world.observed),
+            slots,
+            "{percent} of {nodes}"
+        );
     }
 }
 
@@ -81,10 +95,17 @@ fn a_node_that_does_not_serve_what_it_committed_comes_first_and_counts() {
     world.release("n3").status.phase = crate::api::release::Phase::Degraded;
     world.reconcile();
     assert_eq!(world.ready().0.split('/').next(), Some("False"));
-    assert_eq!(world.condition("Reconciling").0.split('/').next(), Some("False"));
+    assert_eq!(
+        world.condition("Reconciling").0.split('/').next(),
+        Some("False")
+    );
     world.push('b');
     world.reconcile();
-    assert_eq!(world.told(), ["a", "a", "b"], "the broken node is the one to change");
+    assert_eq!(
+        world.told(),
+        ["a", "a", "b"],
+        "the broken node is the one to change"
+    );
     world.agent_commits("n3");
     world.roll_out();
     assert_eq!(world.served(), ["b", "b", "b"]);
@@ -126,7 +147,9 @@ fn going_back_before_the_commit_keeps_the_release_that_is_served() {
 #[test]
 fn what_is_not_in_the_revision_changes_in_place_without_a_slot() {
     let mut world = World::deployed(3);
-    let ids: Vec<_> = ["n1", "n2", "n3"].map(|n| world.release(n).spec.release_id).into();
+    let ids: Vec<_> = ["n1", "n2", "n3"]
+        .map(|n| world.release(n).spec.release_id)
+        .into();
     let source = world.spec().source.git.as_mut();
     source.unwrap_or_else(|| panic!("git")).interval_seconds = 500;
     assert_eq!(world.reconcile().steps, [], "the interval concerns no node");
@@ -156,7 +179,10 @@ fn a_failed_node_blocks_the_revision_and_no_further_node_is_started() {
         assert_eq!(world.active(), Vec::<&str>::new());
     }
     assert_eq!(world.stalled().0, "True/BuildFailed");
-    assert_eq!(world.condition("Reconciling").0.split('/').next(), Some("False"));
+    assert_eq!(
+        world.condition("Reconciling").0.split('/').next(),
+        Some("False")
+    );
     assert_eq!(world.ready().0, "False/BuildFailed");
     assert!(world.ready().1.contains("on n1"), "{:?}", world.ready());
     assert_eq!(world.status().last_good_revision, good);
@@ -213,7 +239,11 @@ fn retry_tries_the_failed_nodes_again_once_for_each_value() {
     // Taken away, the annotation says nothing.
     world.observed.deployment.retry = None;
     assert_eq!(world.reconcile().steps, []);
-    let handled = world.status().last_handled.as_ref().and_then(|h| h.retry.as_deref());
+    let handled = world
+        .status()
+        .last_handled
+        .as_ref()
+        .and_then(|h| h.retry.as_deref());
     assert_eq!(handled, Some("2"));
 }
 
@@ -253,7 +283,12 @@ fn surroundings_hold_a_node_up_for_ten_minutes_and_then_another_gets_its_slot() 
     let mut world = World::deployed(2);
     world.push('b');
     world.reconcile();
-    let served = world.release("n1").status.serving.clone().map(|s| s.release_id);
+    let served = world
+        .release("n1")
+        .status
+        .serving
+        .clone()
+        .map(|s| s.release_id);
     world.agent_fails("n1", Reason::DiskPressure);
     world.pass(599);
     world.reconcile();
@@ -263,7 +298,11 @@ fn surroundings_hold_a_node_up_for_ten_minutes_and_then_another_gets_its_slot() 
     assert_eq!(world.status().blocked_revisions, []);
     world.pass(1);
     world.reconcile();
-    assert_eq!(world.told(), ["a", "a"], "the release that is served is written back");
+    assert_eq!(
+        world.told(),
+        ["a", "a"],
+        "the release that is served is written back"
+    );
     assert_eq!(Some(world.release("n1").spec.release_id), served);
     assert_eq!(world.active(), ["n1"], "until the node has confirmed it");
     world.reconcile();
@@ -313,7 +352,10 @@ fn suspend_starts_nothing_and_lets_what_runs_finish() {
     world.reconcile();
     assert_eq!(world.told(), ["b", "a", "a"]);
     assert_eq!(world.ready().0, "False/Suspended");
-    assert_eq!(world.condition("Reconciling").0.split('/').next(), Some("False"));
+    assert_eq!(
+        world.condition("Reconciling").0.split('/').next(),
+        Some("False")
+    );
     world.spec().suspend = false;
     world.roll_out();
     assert_eq!(world.served(), ["c", "c", "c"]);
@@ -328,7 +370,10 @@ fn a_node_that_leaves_the_placement_is_taken_off_and_may_come_back() {
     assert_eq!(world.ready().0, "True/Deployed");
     world.node("n2").presence = there(true, false, false);
     world.reconcile();
-    assert!(world.release("n2").deleting, "a Release in deletion is not adopted");
+    assert!(
+        world.release("n2").deleting,
+        "a Release in deletion is not adopted"
+    );
     world.agent_reads("n2");
     world.reconcile();
     assert_eq!(world.told(), ["a", "a"]);
@@ -355,7 +400,11 @@ fn a_cordoned_node_is_left_out_and_comes_back_by_itself() {
     world.roll_out();
     assert_eq!(world.served(), ["a", "b", "b"]);
     assert_eq!(world.ready().0, "True/Deployed");
-    assert!(world.ready().1.contains("left out: n1 (NodeCordoned)"), "{:?}", world.ready());
+    assert!(
+        world.ready().1.contains("left out: n1 (NodeCordoned)"),
+        "{:?}",
+        world.ready()
+    );
     world.node("n1").presence = there(true, false, false);
     world.roll_out();
     assert_eq!(world.served(), ["b", "b", "b"]);
@@ -382,8 +431,15 @@ fn an_idle_unreachable_node_is_left_out_and_not_written() {
     assert_eq!(world.served(), ["b", "a", "b"]);
     assert_eq!(world.told(), ["b", "a", "b"]);
     assert_eq!(world.ready().0, "True/Deployed");
-    assert!(world.ready().1.contains("n2 (AgentUnreachable)"), "{:?}", world.ready());
-    assert_eq!(world.status().nodes.as_ref().map(|n| n.unreachable), Some(1));
+    assert!(
+        world.ready().1.contains("n2 (AgentUnreachable)"),
+        "{:?}",
+        world.ready()
+    );
+    assert_eq!(
+        world.status().nodes.as_ref().map(|n| n.unreachable),
+        Some(1)
+    );
 }
 
 #[test]
@@ -402,7 +458,11 @@ fn a_node_unreachable_in_mid_change_keeps_its_slot_until_the_deadline() {
     assert_eq!(world.stalled().0.split('/').next(), Some("False"));
     world.push('c');
     world.reconcile();
-    assert_eq!(world.told(), ["c", "c", "a"], "what is newer goes to it all the same");
+    assert_eq!(
+        world.told(),
+        ["c", "c", "a"],
+        "what is newer goes to it all the same"
+    );
 }
 
 #[test]
@@ -458,8 +518,19 @@ fn a_source_that_cannot_be_asked_changes_no_node() {
         world.lose_source(reason);
         assert_eq!(world.reconcile().steps, []);
         assert_eq!(world.ready().0, "True/Deployed");
-        assert_eq!(world.status().source.as_ref().map(|s| s.short_commit.as_str()), Some("aaaaaaa"));
-        let stalled = if reason.needs_a_person() { "True/RefNotFound" } else { "False/Deployed" };
+        assert_eq!(
+            world
+                .status()
+                .source
+                .as_ref()
+                .map(|s| s.short_commit.as_str()),
+            Some("aaaaaaa")
+        );
+        let stalled = if reason.needs_a_person() {
+            "True/RefNotFound"
+        } else {
+            "False/Deployed"
+        };
         assert_eq!(world.stalled().0, stalled);
     }
     let mut world = World::new(2);
@@ -509,7 +580,11 @@ fn no_node_is_stalled_with_what_to_change() {
     world.node("n1").presence = there(false, false, false);
     world.reconcile();
     assert_eq!(world.stalled().0, "True/NoMatchingNodes");
-    assert!(world.ready().1.contains("label a node"), "{:?}", world.ready());
+    assert!(
+        world.ready().1.contains("label a node"),
+        "{:?}",
+        world.ready()
+    );
     world.node("n1").presence = there(true, false, false);
     world.node("n1").reach = Reach::NoAgent;
     world.reconcile();
@@ -544,7 +619,11 @@ fn a_slot_without_its_release_is_used_or_given_up() {
     // The status was written, the Release was not.
     world.observed.deployment.status.active = vec!["n2".into()];
     world.reconcile();
-    assert_eq!(world.told(), ["-", "a"], "the node that has the slot goes first");
+    assert_eq!(
+        world.told(),
+        ["-", "a"],
+        "the node that has the slot goes first"
+    );
     let mut world = World::new(1);
     world.observed.deployment.status.active = vec!["n1".into(), "stranger".into()];
     world.spec().suspend = true;
@@ -577,7 +656,12 @@ fn the_history_keeps_its_limit_and_goes_back_to_an_old_revision_by_number() {
 
 #[test]
 fn the_annotation_that_asks_for_a_look_is_echoed_when_it_was_answered() {
-    let handled = |w: &World| w.status().last_handled.as_ref().and_then(|h| h.requested_at.clone());
+    let handled = |w: &World| {
+        w.status()
+            .last_handled
+            .as_ref()
+            .and_then(|h| h.requested_at.clone())
+    };
     let mut world = World::deployed(1);
     world.observed.deployment.requested_at = Some("now".into());
     world.reconcile();
@@ -652,7 +736,12 @@ fn apply(world: &mut World, happening: &Happening) {
         Happening::Commits(n) => world.agent_commits(&name(n)),
         Happening::Fails(n, f) => world.agent_fails(&name(n), FAILURES[*f]),
         Happening::Degrades(n) => {
-            if let Some(r) = world.node(&name(n)).release.as_mut().filter(|r| r.committed()) {
+            if let Some(r) = world
+                .node(&name(n))
+                .release
+                .as_mut()
+                .filter(|r| r.committed())
+            {
                 r.status.phase = crate::api::release::Phase::Degraded;
             }
         }
@@ -676,8 +765,14 @@ fn apply(world: &mut World, happening: &Happening) {
         Happening::Reconcile => {
             let before = unavailable(world);
             let planned = world.reconcile();
-            let begun = planned.steps.iter().any(|s| matches!(s, Step::Create { .. }));
-            let (after, slots) = (unavailable(world), crate::controller::rollout::budget(&world.observed));
+            let begun = planned
+                .steps
+                .iter()
+                .any(|s| matches!(s, Step::Create { .. }));
+            let (after, slots) = (
+                unavailable(world),
+                crate::controller::rollout::budget(&world.observed),
+            );
             assert!(
                 after <= slots || after <= before,
                 "{after} unavailable of {slots} allowed, {before} before; begun: {begun}; {:?}",
@@ -693,10 +788,16 @@ fn unavailable(world: &World) -> usize {
     nodes
         .filter(|n| {
             let works = n.release.as_ref().is_some_and(|r| {
-                !r.deleting && !r.committed() && r.failed().is_none() && n.matches() && n.reach != Reach::Stale
+                !r.deleting
+                    && !r.committed()
+                    && r.failed().is_none()
+                    && n.matches()
+                    && n.reach != Reach::Stale
             });
             let broken = n.takes_part()
-                && n.release.as_ref().is_some_and(|r| !r.deleting && r.degraded());
+                && n.release
+                    .as_ref()
+                    .is_some_and(|r| !r.deleting && r.degraded());
             works || broken || (n.release.is_some() && world.active().contains(&n.name.as_str()))
         })
         .count()

@@ -325,6 +325,7 @@ impl Parts {
         let triggers = Triggers {
             caches: caches.clone(),
             leases: lease_cache,
+            leases_listed: CancellationToken::new(),
             deployment: wake_deployment.clone(),
             release: wake_release,
         };

@@ -38,6 +38,9 @@ pub struct Triggers {
     pub caches: Caches,
     /// The Leases of the system namespace.
     pub leases: Cache<Lease>,
+    /// Cancelled when the first list of Leases was taken. A cache wakes only the last of those that wait
+    /// for it (kube's `DelayedInit` holds one waker), so each has exactly one waiter.
+    pub leases_listed: CancellationToken,
     /// Wakes the reconcile of a Deployment.
     pub deployment: Trigger<Key>,
     /// Wakes the reconcile of a Release.
@@ -145,15 +148,11 @@ impl Triggers {
     /// Notes every renewal; wakes what depends on a node that became reachable or came and went.
     pub async fn watch_leases(self, stream: impl Stream<Item = DeserializeGuard<Lease>> + Send) {
         let mut stream = std::pin::pin!(stream);
-        let mut listed = false;
         loop {
             let next = tokio::select! {
                 biased;
-                ready = self.leases.wait_until_ready(), if !listed => {
-                    listed = true;
-                    if ready.is_ok() {
-                        self.take_first_list();
-                    }
+                _ = self.leases.wait_until_ready(), if !self.leases_listed.is_cancelled() => {
+                    self.take_first_list();
                     continue;
                 }
                 next = stream.next() => next,
@@ -161,10 +160,6 @@ impl Triggers {
             let Some(object) = next else {
                 return;
             };
-            if !listed {
-                listed = true;
-                self.take_first_list();
-            }
             let Some(node) = node_of(&object) else {
                 continue;
             };
@@ -186,6 +181,7 @@ impl Triggers {
                 leases.found(node, renewal(&object), now);
             }
         }
+        self.leases_listed.cancel();
     }
 
     /// Wakes what depends on a node whose Lease has become stale.
@@ -242,7 +238,7 @@ impl Triggers {
             self.caches.releases.wait_until_ready(),
             self.caches.revisions.wait_until_ready(),
             self.caches.nodes.wait_until_ready(),
-            self.leases.wait_until_ready(),
+            self.leases_listed.cancelled(),
         );
     }
 

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use kari::arguments::{Arguments, Command};
-use kari::runtime::{error_chain, shutdown};
-use kari::{api, telemetry};
+use kari::runtime::{client, error_chain, shutdown};
+use kari::{api, controller, telemetry};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -39,9 +39,19 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         let shutdown = shutdown::on_signals()?;
         match arguments.command {
             Command::Crd => Ok(()),
-            Command::Controller(_) | Command::Agent(_) => {
+            Command::Controller(arguments) => {
+                let config = controller::Config {
+                    client: client::infer().await?,
+                    namespace: arguments.namespace,
+                    listen: arguments.listen,
+                    insecure_source_schemes: arguments.insecure_source_schemes,
+                    source_slots: arguments.source_slots.get().into(),
+                };
+                Ok(controller::run(config, shutdown).await?)
+            }
+            Command::Agent(_) => {
                 shutdown.cancel();
-                Err("this build has neither controller nor agent".into())
+                Err("this build has no agent".into())
             }
         }
     })

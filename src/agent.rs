@@ -4,3 +4,5 @@
 //! the node. It knows nothing of Kubernetes.
 
 pub mod host;
+mod plan;
+mod view;

@@ -5,6 +5,7 @@
 //! everything.
 
 // What is remembered, and where.
+pub mod files;
 pub mod records;
 pub mod seal;
 pub mod store;
@@ -13,6 +14,7 @@ pub mod users;
 // What systemd is told (pure), and telling it.
 pub mod jail;
 pub mod quote;
+pub mod slices;
 pub mod systemd;
 pub mod unit;
 

@@ -1,72 +1,154 @@
-//! OUTLINE: kari-proxy.service
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
-use std::time::Duration;
-use crate::api::names::{AppName, ReleaseId};
-use super::store::{Store, StoreError, UnitFiles};
-use super::systemd::{Systemd, SystemdError};
+//! kari-proxy.service: the node's nginx, run with a configuration of our own.
+//!
+//! Each Deployment has one file, written beside its place, synced and renamed.
+//! That a file is there proves nothing, and neither does a reload that ended
+//! well: what counts is measured by a request on a new connection.
+//!
+//! - [`configuration`] is what nginx is told, as text. Pure.
+//! - [`answer`] is what an answer proves. Pure.
+//! - [`control`] writes, reloads and measures.
+//!
+//! User text reaches nginx through [`HostName::parse`] alone.
 
-/// A checked host name: lower-case DNS name, optional leading `*.`, at most 253 characters.
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use crate::api::names::{AppName, ReleaseId};
+
+mod answer;
+mod configuration;
+mod control;
+
+pub use configuration::{IDENTITY_PATH, UNIT, render_virtual_host};
+pub use control::{DRAIN_LIMIT, OldWorkers, Proxy, ProxyError};
+
+/// A host name that requests come for: a lower-case DNS name of at most 253 characters, with an optional
+/// leading `*.` for any one or more labels.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct HostName(String);
-impl HostName { pub fn parse(text: &str) -> Result<Self, HostNameError> { todo!() } pub fn as_str(&self) -> &str { &self.0 } }
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)] #[error("…")] pub struct HostNameError { pub value: String }
+
+/// A text that is not a [`HostName`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{value:?} is not a host name: it must be a lower-case DNS name of at most 253 characters, with an optional leading \"*.\"")]
+pub struct HostNameError {
+    value: String,
+}
+
+/// What a host name is at most, RFC 1035.
+const LONGEST_HOST_CHARACTERS: usize = 253;
+
+/// What a label of it is at most, RFC 1035.
+const LONGEST_LABEL_CHARACTERS: usize = 63;
+
+impl HostName {
+    /// Refuses everything that nginx could take for more than a name: there, a name may be a regular
+    /// expression, have variables, or end the directive.
+    pub fn parse(text: &str) -> Result<Self, HostNameError> {
+        let name = text.strip_prefix("*.").unwrap_or(text);
+        let is_label = |label: &str| {
+            (1..=LONGEST_LABEL_CHARACTERS).contains(&label.len())
+                && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+                && !label.starts_with('-')
+                && !label.ends_with('-')
+        };
+        if text.len() <= LONGEST_HOST_CHARACTERS && name.split('.').all(is_label) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(HostNameError { value: text.to_owned() })
+        }
+    }
+
+    /// The name, with its `*.` if it has one.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Display for HostName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
 
 /// What the proxy serves for a Deployment.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct VirtualHost { pub app: AppName, pub release_id: ReleaseId, pub routes: Vec<Route> }
+pub struct VirtualHost {
+    /// The Deployment.
+    pub app: AppName,
+    /// The release that answers, or that would if it ran.
+    pub release_id: ReleaseId,
+    /// One for each process with a route.
+    pub routes: Vec<Route>,
+}
+
+/// The requests for some host names.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Route { pub process: String, pub hosts: Vec<HostName>, pub target: RouteTarget }
-#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// The process, a DNS label.
+    pub process: String,
+    /// The host names; at least one.
+    pub hosts: Vec<HostName>,
+    /// Who gets the requests.
+    pub target: RouteTarget,
+    /// What the agent asks for when it measures who answers: the path of the readiness probe, or `/`.
+    pub measured_path: String,
+}
+
+/// Who gets the requests of a route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RouteTarget {
-    /// `backup` takes what the primary refuses: the old port while a switch is not yet drained
-    Port { primary: u16, backup: Option<u16> },
-    /// 503
+    /// A process of the node.
+    Port {
+        /// Its port on 127.0.0.1.
+        primary: u16,
+        /// The port of before a switch, which takes what the primary refuses until the switch is
+        /// drained: should the node reboot before the commit, the old process starts and answers.
+        backup: Option<u16>,
+    },
+    /// Nobody: 503. A stopped process's port may be anybody's.
     Unavailable,
 }
-/// Pure.
-pub fn render_virtual_host(host: &VirtualHost) -> String { todo!() }
-/// Hosts of `wanted` that another app of `others` has, with that app. Pure. (RouteConflict)
-pub fn conflicts(app: &AppName, wanted: &[HostName], others: &BTreeMap<AppName, Vec<HostName>>) -> Vec<(HostName, AppName)> { todo!() }
 
+/// The hosts of `wanted` that another Deployment than `app` has, and which: RouteConflict, and the other
+/// keeps them. nginx itself would only warn, and give the host to the first file by name.
+pub fn route_conflicts<'a>(
+    app: &AppName,
+    wanted: &'a [HostName],
+    served: &'a BTreeMap<AppName, Vec<HostName>>,
+) -> Vec<(&'a HostName, &'a AppName)> {
+    let others = served.iter().filter(|(other, _)| *other != app);
+    others
+        .flat_map(|(other, hosts)| wanted.iter().filter(|host| hosts.contains(host)).map(move |host| (host, other)))
+        .collect()
+}
+
+/// What the node's proxy is like.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ProxySettings { pub http_port: u16, pub nginx: PathBuf }
-#[derive(Debug, thiserror::Error)]
-pub enum ProxyError {
-    /// ProxyUnavailable
-    #[error("…")] PortHeld { port: u16, holder: String },
-    #[error("…")] NotRunning { message: String },
-    #[error("…")] Refused { message: String },
-    /// reloaded, but a new connection is not answered as the file says
-    #[error("…")] NotInForce { host: String, message: String },
-    #[error("…")] Store(#[from] StoreError),
-    #[error("…")] Systemd(#[from] SystemdError),
+pub struct ProxySettings {
+    /// The port for HTTP, on all addresses.
+    pub http_port: u16,
+    /// nginx, as an absolute path.
+    pub nginx: PathBuf,
+    /// Whether the node has IPv6.
+    pub ipv6: bool,
+    /// Processors that the proxy may use; it uses a few at most.
+    pub processors: usize,
 }
-impl ProxyError { pub fn reason(&self) -> crate::api::reasons::Reason { todo!() } }
 
-/// Workers that may still hold requests of before a switch. Serialisable, so that a drain goes on after a restart.
-#[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-pub struct OldWorkers { pub pids: BTreeSet<u32> }
-
-/// Cheap to clone; one per agent.
-#[derive(Clone)] pub struct Proxy {}
-impl Proxy {
-    pub fn new(store: Store, units: UnitFiles, systemd: Systemd, settings: ProxySettings) -> Self { todo!() }
-    /// configuration, unit file, enabled, running, port ours. At start and on the timer; idempotent.
-    pub async fn ensure(&self) -> Result<(), ProxyError> { todo!() }
-    /// Writes the file if it differs, reloads (one reload for all that ask meanwhile) if it differs or is not in force,
-    /// and measures on new connections. Ends within PUBLISH_LIMIT. What it returns is what has to drain.
-    pub async fn publish(&self, host: &VirtualHost) -> Result<OldWorkers, ProxyError> { todo!() }
-    /// Measures only: is this vhost in force? (keep rounds, after a restart)
-    pub async fn measure(&self, host: &VirtualHost) -> Result<(), ProxyError> { todo!() }
-    /// Removes the file, reloads, measures that its hosts are refused. A missing file is done.
-    pub async fn remove(&self, app: &AppName) -> Result<OldWorkers, ProxyError> { todo!() }
-    /// Those of `old` that still run; empty: drained. The caller has the limit (DRAIN_LIMIT).
-    pub async fn still_draining(&self, old: &OldWorkers) -> Result<OldWorkers, ProxyError> { todo!() }
-    /// Every worker that runs now: what to wait for when an agent that restarted does not know
-    pub async fn workers(&self) -> Result<OldWorkers, ProxyError> { todo!() }
-    /// hosts of all vhost files on the node, for `conflicts`
-    pub fn hosts(&self) -> Result<BTreeMap<AppName, Vec<HostName>>, ProxyError> { todo!() }
+impl ProxySettings {
+    /// The settings of this node; nothing if `tool_path` (folders separated by colons) has no nginx.
+    pub fn of_this_node(http_port: u16, tool_path: &str) -> Option<Self> {
+        let nginx = tool_path
+            .split(':')
+            .filter(|folder| folder.starts_with('/'))
+            .map(|folder| PathBuf::from(folder).join("nginx"))
+            .find(|path| path.is_file())?;
+        // The list of addresses: there only with IPv6, and empty where it is switched off.
+        let ipv6 = std::fs::read("/proc/net/if_inet6").is_ok_and(|addresses| !addresses.is_empty());
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Some(Self { http_port, nginx, ipv6, processors })
+    }
 }
-/// How long a drain may take at most.
-pub const DRAIN_LIMIT: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests;

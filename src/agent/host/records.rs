@@ -211,15 +211,18 @@ pub struct Wish {
 pub struct StepResult {
     /// `Result`: `success`, `exit-code`, `signal`, `timeout`, `oom-kill`, `resources`, …
     pub result: String,
-    /// `ExecMainCode`: 1 exited, 2 killed, 3 dumped core (`CLD_…`).
+    /// `ExecMainCode`: 0 never ran, 1 exited, 2 killed, 3 dumped core (`CLD_…`).
     pub code: i32,
     /// `ExecMainStatus`: the exit status or the signal.
     pub status: i32,
-    /// Which of the step's commands was the last that ran, from 0.
-    pub command: usize,
 }
 
 impl StepResult {
+    /// Whether the main command ran at all; if not, an earlier one failed (for a build: the checkout).
+    pub fn main_ran(&self) -> bool {
+        self.code != 0
+    }
+
     /// Whether the step did what it should: the three values that only a good end has together.
     pub fn is_success(&self) -> bool {
         self.result == "success" && self.code == 1 && self.status == 0
@@ -303,7 +306,9 @@ pub enum RecordError {
     #[error("it is not a record of this agent's: {0}")]
     Malformed(#[source] serde_json::Error),
     /// Another version of Kari wrote it.
-    #[error("it has version {found}, and this agent reads version {RECORD_VERSION}: run the agent that wrote it, or remove the app with it first")]
+    #[error(
+        "it has version {found}, and this agent reads version {RECORD_VERSION}: run the agent that wrote it, or remove the app with it first"
+    )]
     Version {
         /// The version it has.
         found: u32,

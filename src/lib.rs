@@ -1,7 +1,11 @@
 //! Kari deploys git repositories onto Linux nodes as native systemd services,
 //! declared as Kubernetes custom resources.
 //!
-//! In reading order: `api` is the contract.
+//! In reading order: `api` is the contract, `runtime` what both sides need
+//! besides kube-rs.
 
 pub mod agent;
 pub mod api;
+pub mod arguments;
+pub mod runtime;
+pub mod telemetry;

@@ -288,7 +288,7 @@ mod tests {
         fs::create_dir(source.join("closed")).unwrap();
         put(&source.join("closed/inner\nname"), 0o4755);
         fs::hard_link(source.join("open"), source.join("closed/hard")).unwrap();
-        fs::set_permissions(source.join("closed"), Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(source.join("closed"), Permissions::from_mode(0o0)).unwrap();
         symlink("/etc/hostname", source.join("link")).unwrap();
         let fifo = source.join("fifo");
         rustix::fs::mknodat(rustix::fs::CWD, &fifo, FileType::Fifo, Mode::RUSR, 0).unwrap();

@@ -351,7 +351,7 @@ mod tests {
         symlink(&outside, tree.join("link")).unwrap();
         fs::create_dir(tree.join("closed")).unwrap();
         fs::write(tree.join("closed/a\nb"), "").unwrap();
-        fs::set_permissions(tree.join("closed"), fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(tree.join("closed"), fs::Permissions::from_mode(0o0)).unwrap();
         rustix::fs::mknodat(
             rustix::fs::CWD,
             tree.join("fifo"),

@@ -176,17 +176,21 @@ impl Users {
         Ok(record)
     }
 
-    /// Every uid of any app, of the mirrors, and of drop-ins whose app is unknown.
+    /// Every uid of any app and of the mirrors. A record that cannot be read holds nobody else up: its
+    /// app's drop-ins, which are looked at too, still say which uids are taken.
     fn taken(&self, store: &Store) -> Result<BTreeSet<u32>, UsersError> {
         let mut taken: BTreeSet<u32> = self.recorded_git_uid().into_iter().collect();
         for app in store.apps()? {
-            if let Some(UsersRecord {
-                version: _,
-                build_uid,
-                service_uid,
-            }) = store.app(&app).read_users()?
-            {
-                taken.extend([build_uid, service_uid]);
+            match store.app(&app).read_users() {
+                Ok(Some(UsersRecord {
+                    version: _,
+                    build_uid,
+                    service_uid,
+                })) => {
+                    taken.extend([build_uid, service_uid]);
+                }
+                Ok(None) => {}
+                Err(error) => tracing::warn!(%app, %error, "the users of an app are not known"),
             }
         }
         Ok(taken)
@@ -478,6 +482,23 @@ mod tests {
             .ensure_app(&fixture.folder("shop"))
             .unwrap_err();
         assert!(matches!(error, UsersError::Exhausted { .. }), "{error}");
+    }
+
+    #[test]
+    fn an_app_whose_record_is_broken_holds_no_other_up_and_keeps_its_uids() {
+        let fixture = fixture();
+        let users = fixture.users(54_000..=54_003);
+        let broken = users.ensure_app(&fixture.folder("broken")).unwrap();
+        fs::write(fixture.folder("broken").path().join("users.json"), "{").unwrap();
+        assert!(users.ensure_app(&fixture.folder("broken")).is_err());
+        let other = users.ensure_app(&fixture.folder("other")).unwrap();
+        let uids = BTreeSet::from([
+            broken.build.uid,
+            broken.service.uid,
+            other.build.uid,
+            other.service.uid,
+        ]);
+        assert_eq!(uids.len(), 4, "{uids:?}");
     }
 
     #[test]

@@ -329,6 +329,7 @@ fn heal(observed: &Observed) -> (Vec<Step>, Vec<String>) {
     let mut stale = false;
     for process in &release.processes {
         let Some(service) = host.services.get(&process.unit) else {
+            drift.push(format!("{} was gone", process.unit));
             missing.push(process.clone());
             stopped.push(process.unit.clone());
             continue;
@@ -404,7 +405,7 @@ fn stop_builds(observed: &Observed, but: Option<&str>) -> Vec<Step> {
     others
         .filter_map(|(unit, build)| match build {
             BuildView::Running => Some(Step::StopBuild { unit: unit.clone(), kill: true }),
-            BuildView::Ended(_) => Some(Step::StopBuild { unit: unit.clone(), kill: false }),
+            BuildView::Ended(_) | BuildView::Killed(_) => Some(Step::StopBuild { unit: unit.clone(), kill: false }),
             BuildView::Stopping => None,
         })
         .collect()
@@ -541,6 +542,12 @@ fn build(observed: &Observed, attempt: &AttemptRecord) -> Next {
     match (observed.host.builds.get(&name), &attempt.build_result) {
         (Some(BuildView::Running), _) => Next::wait(Progress::At(Phase::Building, "the build runs".to_owned())),
         (Some(BuildView::Stopping), _) => Next::wait(Progress::At(Phase::Building, "the build ends".to_owned())),
+        (Some(BuildView::Killed(failure)), None) if failure.reason.class() == Class::Environment => rebuild(
+            observed,
+            attempt,
+            vec![Step::StopBuild { unit: name, kill: false }, Step::HoldUp(failure.clone())],
+        ),
+        (Some(BuildView::Killed(failure)), None) => Next::fail(observed, attempt, failure.clone()),
         (Some(BuildView::Ended(result)), None) => {
             // Measured and on disk before the unit, which holds the result, is let go.
             let measured = AttemptRecord { build_result: Some(result.clone()), ..attempt.clone() };
@@ -550,7 +557,7 @@ fn build(observed: &Observed, attempt: &AttemptRecord) -> Next {
                 "the build has ended",
             )
         }
-        (Some(BuildView::Ended(_)), Some(_)) => {
+        (Some(BuildView::Ended(_) | BuildView::Killed(_)), Some(_)) => {
             Next::step(Step::StopBuild { unit: name, kill: false }, Phase::Building, "the build has ended")
         }
         (None, Some(result)) => built(observed, attempt, result),

@@ -169,6 +169,8 @@ pub enum BuildView {
     Running,
     /// It has ended; the result is measured.
     Ended(StepResult),
+    /// It was killed by the agent, which says why.
+    Killed(RecordedFailure),
     /// It is being stopped.
     Stopping,
 }

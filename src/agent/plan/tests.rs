@@ -261,7 +261,7 @@ fn what_somebody_stopped_or_deleted_is_put_right() {
     world.stop_a_service();
     world.delete_a_file();
     let (plan, _) = world.round(usize::MAX);
-    assert_eq!(plan.drift.len(), 2, "{:?}", plan.drift);
+    assert_eq!(plan.drift.len(), 1, "{:?}", plan.drift);
     world.settle();
     world.check_settled();
 }

@@ -5,7 +5,6 @@
 //! everything.
 
 // What is remembered, and where.
-pub mod files;
 pub mod records;
 pub mod seal;
 pub mod store;

@@ -30,7 +30,9 @@ use rustix::io::Errno;
 use uuid::Uuid;
 
 pub use app::{AppFolder, Contents, LOG_LIMIT_BYTES, LOG_TAIL_BYTES, References, Stage, garbage};
-pub(super) use durable::{names_of, sync_folder, write as write_durably};
+pub(super) use durable::{
+    make_folder, names_in, names_of, read, remove, sync_folder, write as write_durably,
+};
 pub use unit_files::{FOLDER as UNIT_FOLDER, UnitFiles};
 
 use super::records::RecordError;
@@ -114,7 +116,7 @@ impl Store {
             _lock: Arc::new(folder),
         };
         for (name, mode) in [
-            ("mirrors", 0o755),
+            ("mirrors", 0o700),
             ("apps", 0o700),
             ("proxy", 0o755),
             ("trash", 0o700),

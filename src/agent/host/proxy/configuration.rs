@@ -89,7 +89,6 @@ fn render_main(settings: &ProxySettings) -> String {
 # Written by kari agent; an edit is overwritten.
 error_log stderr warn;
 worker_processes {workers};
-worker_rlimit_nofile 65536;
 worker_shutdown_timeout {WORKER_SHUTDOWN_SECONDS}s;
 events {{
     worker_connections {WORKER_CONNECTIONS};

@@ -16,10 +16,9 @@ use super::configuration::{
     virtual_host_file,
 };
 use super::{HostName, ProxySettings, Route, VirtualHost};
-use crate::agent::host::files::{self, FileError};
 use crate::agent::host::port::holder_of;
 use crate::agent::host::probe::{self, ANY_LABEL, Answer};
-use crate::agent::host::store::{StoreError, UnitFiles};
+use crate::agent::host::store::{self, StoreError, UnitFiles, write_durably};
 use crate::agent::host::systemd::{ActiveState, Systemd, SystemdError};
 use crate::api::names::AppName;
 use crate::api::reasons::Reason;
@@ -80,9 +79,6 @@ pub enum ProxyError {
     },
     /// A file cannot be written or read.
     #[error(transparent)]
-    File(#[from] Arc<FileError>),
-    /// A unit file cannot be written or read.
-    #[error(transparent)]
     Store(#[from] Arc<StoreError>),
     /// systemd does not do as it is told.
     #[error(transparent)]
@@ -105,7 +101,7 @@ macro_rules! shared_errors {
         }
     )*};
 }
-shared_errors!(FileError => File, StoreError => Store, SystemdError => Systemd);
+shared_errors!(StoreError => Store, SystemdError => Systemd);
 
 /// Workers of nginx that may still hold requests which began before a reload.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -164,9 +160,9 @@ impl Proxy {
     /// agent's start and every now and then; does nothing where all is well.
     pub async fn ensure(&self) -> Result<(), ProxyError> {
         let Inner { folder, units, systemd, settings, .. } = &*self.inner;
-        files::create_folder(&folder.join("vhosts"))?;
+        store::make_folder(&self.vhosts(), 0o755, None)?;
         for (name, text) in configuration::render_files(settings, folder) {
-            files::replace_if_different(&folder.join(name), text.as_bytes())?;
+            replace(&folder.join(name), text.as_bytes())?;
         }
         let unit = render_unit(settings, folder);
         if units.read(UNIT)?.as_deref() != Some(unit.as_str()) {
@@ -233,11 +229,11 @@ impl Proxy {
     pub async fn publish(&self, host: &VirtualHost) -> Result<OldWorkers, ProxyError> {
         let path = self.vhosts().join(virtual_host_file(&host.app));
         let text = render_virtual_host(host, &self.inner.settings);
-        let before = files::read(&path)?;
+        let before = store::read(&path)?;
         if before.as_deref() == Some(text.as_bytes()) && self.measure(host).await.is_ok() {
             return Ok(OldWorkers::default());
         }
-        files::replace_if_different(&path, text.as_bytes())?;
+        replace(&path, text.as_bytes())?;
         if self.workers().await?.is_empty() {
             self.ensure().await?;
         }
@@ -247,9 +243,9 @@ impl Proxy {
                 if matches!(error, ProxyError::Refused { .. }) {
                     // Nobody else's reload may fail for it.
                     match &before {
-                        Some(text) => files::replace_if_different(&path, text)?,
-                        None => files::remove(&path)?,
-                    };
+                        Some(text) => replace(&path, text)?,
+                        None => store::remove(&path)?,
+                    }
                 }
                 return Err(error);
             }
@@ -282,17 +278,17 @@ impl Proxy {
     pub async fn remove(&self, app: &AppName) -> Result<OldWorkers, ProxyError> {
         let path = self.vhosts().join(virtual_host_file(app));
         let refused = path.with_extension("conf.bad");
-        files::remove(&refused)?;
-        let Some(text) = files::read(&path)? else {
+        store::remove(&refused)?;
+        let Some(text) = store::read(&path)? else {
             return Ok(OldWorkers::default());
         };
         let hosts = hosts_of(&String::from_utf8_lossy(&text));
-        files::remove(&path)?;
+        store::remove(&path)?;
         let old = match self.reload_for(&path).await {
             Ok(old) => old,
             Err(error) => {
                 // Back in its place, as it is still served: the next call has something to do.
-                files::replace_if_different(&path, &text)?;
+                replace(&path, &text)?;
                 return Err(error);
             }
         };
@@ -333,12 +329,12 @@ impl Proxy {
     /// The host names of every vhost on the node, for [`super::route_conflicts`].
     pub fn hosts(&self) -> Result<BTreeMap<AppName, Vec<HostName>>, ProxyError> {
         let mut hosts = BTreeMap::new();
-        for name in files::names(&self.vhosts())? {
+        for name in store::names_in(&self.vhosts())? {
             let Some(app) = name.strip_suffix(".conf").and_then(|app| AppName::parse(app).ok()) else {
                 continue;
             };
             // Gone meanwhile: it serves nothing.
-            if let Some(text) = files::read(&self.vhosts().join(&name))? {
+            if let Some(text) = store::read(&self.vhosts().join(&name))? {
                 hosts.insert(app, hosts_of(&String::from_utf8_lossy(&text)));
             }
         }
@@ -406,7 +402,7 @@ impl Proxy {
         match self.inner.systemd.reload_unit(UNIT, RELOAD_LIMIT).await {
             Ok(()) => {}
             Err(error @ (SystemdError::Job { .. } | SystemdError::Refused { .. })) => {
-                let said = files::read(&Path::new(RUN_FOLDER).join("reload.log")).ok().flatten().unwrap_or_default();
+                let said = store::read(&Path::new(RUN_FOLDER).join("reload.log")).ok().flatten().unwrap_or_default();
                 let said = String::from_utf8_lossy(&said).trim().to_owned();
                 // Without a word of nginx's it was not nginx that refused.
                 return Err(if said.is_empty() { error.into() } else { ProxyError::Refused { message: said } });
@@ -444,6 +440,14 @@ impl Proxy {
     }
 }
 
+/// Writes a file that nginx reads, if it differs. What is written first is hidden, so that no `*.conf` means it.
+fn replace(path: &Path, content: &[u8]) -> Result<(), StoreError> {
+    if store::read(path)?.as_deref() == Some(content) {
+        return Ok(());
+    }
+    write_durably(path, content, 0o644)
+}
+
 fn not_in_force(host: &str, message: String) -> ProxyError {
     ProxyError::NotInForce { host: host.to_owned(), message }
 }
@@ -457,9 +461,9 @@ pub(super) enum Worker {
     Retiring,
 }
 
-/// What a process does, by the title that nginx gives it; nothing if it is no worker.
+/// What a process does, by the title that nginx gives it, which systemd quotes; nothing if it is no worker.
 pub(super) fn worker(title: &str) -> Option<Worker> {
-    let title = title.strip_prefix("nginx: worker process")?;
+    let title = title.trim_matches('"').strip_prefix("nginx: worker process")?;
     Some(if title.contains("is shutting down") { Worker::Retiring } else { Worker::Serving })
 }
 

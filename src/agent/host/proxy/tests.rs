@@ -91,7 +91,7 @@ fn a_reload_has_settled_when_only_new_workers_accept_connections() {
     }
     assert_eq!(worker("nginx: master process /usr/sbin/nginx -c x"), None);
     assert_eq!(worker("nginx: worker process"), Some(Serving));
-    assert_eq!(worker("nginx: worker process is shutting down"), Some(Retiring));
+    assert_eq!(worker("\"nginx: worker process is shutting down\""), Some(Retiring));
 }
 
 proptest! {

@@ -148,7 +148,7 @@ impl AppFolder {
         for revision in self.revisions()? {
             releases.extend(self.read_release(&revision)?);
         }
-        releases.sort_by(|a: &ReleaseRecord, b| b.committed_at.cmp(&a.committed_at));
+        releases.sort_by_key(|release: &ReleaseRecord| std::cmp::Reverse(release.committed_at));
         Ok(releases)
     }
 

@@ -84,7 +84,7 @@ impl StepError {
     /// What it means to the attempt.
     pub fn failure(&self) -> RecordedFailure {
         let reason = match self {
-            Self::Store(_) | Self::Port(PortError::Io { .. }) | Self::Seal(SealError::Io { .. }) => Reason::DiskPressure,
+            Self::Store(_) | Self::Seal(SealError::Io { .. }) => Reason::DiskPressure,
             Self::Proxy(error) => error.reason(),
             Self::Systemd(SystemdError::BadUnit { .. }) => Reason::BadUnit,
             Self::Unit(_) => Reason::InvalidSpec,
@@ -120,7 +120,7 @@ pub enum Halt {
 pub async fn apply(node: &Arc<Node>, observed: &Observed, steps: &[Step]) -> Result<(), Halt> {
     for step in steps {
         tracing::info!(app = %observed.app, step = step.name(), "step");
-        if let Err(error) = Apply { node, observed }.step(step).await {
+        if let Err(error) = (Apply { node, observed }).step(step).await {
             return Err(halt(node, observed, step, error));
         }
     }

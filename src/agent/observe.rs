@@ -9,7 +9,7 @@ use jiff::Timestamp;
 
 use super::health::{self, Look, Tracker};
 use super::host::mirror::MirrorState;
-use super::host::port::{self, Listener, PortError};
+use super::host::port::{self, PortError};
 use super::host::probe::{self, Check};
 use super::host::proxy::{HostName, ProxyError};
 use super::host::records::{AppliedRecord, AttemptRecord, ProcessRecord, RecordedFailure};

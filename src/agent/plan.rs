@@ -17,7 +17,7 @@
 
 mod removal;
 #[cfg(test)]
-mod simulation;
+pub(super) mod simulation;
 #[cfg(test)]
 mod tests;
 

@@ -1,7 +1,7 @@
 //! From a Release to what is wanted: parsed once, here, into what the planner
 //! can take as valid.
 
-use kube::ResourceExt;
+use kube::{Resource, ResourceExt};
 use kube::core::DeserializeGuard;
 
 use super::host::mirror::SourceUrl;

@@ -131,6 +131,8 @@ pub struct ProcessRecord {
     pub name: String,
     /// The full name of its unit, `kari.….service`.
     pub unit: String,
+    /// The unit file's text, so that it can be put back whatever made it.
+    pub text: String,
     /// The digest of all that the unit says but its port: equal means that the unit need not be touched.
     pub content: ContentDigest,
     /// The port it was given, if it listens.

@@ -17,7 +17,7 @@ export function makeServer({ greeting, commit, node }) {
     } else if (target.pathname === "/version") {
       answer(response, 200, JSON.stringify({ commit, node }) + "\n", "application/json");
     } else if (target.pathname === "/slow") {
-      work(response, target.searchParams.get("milliseconds"));
+      slow(response, target.searchParams.get("milliseconds"));
     } else {
       answer(response, 404, "not found\n");
     }

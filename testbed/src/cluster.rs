@@ -38,6 +38,9 @@ const ADMISSION_POLICY: &str = include_str!("../../deploy/admission-policy.yaml"
 /// The name by which this crate owns fields.
 const FIELD_MANAGER: &str = "testbed";
 
+/// A process of the testbed is what runs; no image is ever fetched.
+const IMAGE: &str = "kari.invalid/kari:testbed";
+
 /// How long an object that was written may take to be in force: it needs about a second.
 const IN_FORCE_LIMIT: Duration = Duration::from_secs(30);
 
@@ -55,7 +58,10 @@ pub async fn apply_crds(client: &Client, crds: &str) -> Result<()> {
             String::new,
             async || match api.get(&name).await {
                 Ok(crd) if is_established(&crd) => Seen::Ready(()),
-                Ok(crd) => Seen::NotYet(format!("{:?}", crd.status.and_then(|status| status.conditions))),
+                Ok(crd) => Seen::NotYet(format!(
+                    "{:?}",
+                    crd.status.and_then(|status| status.conditions)
+                )),
                 Err(error) => Seen::NotYet(error.to_string()),
             },
         )
@@ -84,13 +90,19 @@ pub async fn add_node(
         ("kubernetes.io/hostname", node_name.as_str()),
         ("kubernetes.io/os", "linux"),
     ]);
-    write(&nodes, &node_name, json!({"metadata": {"name": node_name, "labels": labels}, "spec": {}})).await?;
+    write(
+        &nodes,
+        &node_name,
+        json!({"metadata": {"name": node_name, "labels": labels}, "spec": {}}),
+    )
+    .await?;
     let addresses = json!([
         {"type": "InternalIP", "address": description.node_address(name)},
         {"type": "Hostname", "address": node_name},
     ]);
     let ready = json!([{"type": "Ready", "status": "True", "reason": "Testbed"}]);
-    write_status(&nodes, &node_name, json!({"addresses": addresses, "conditions": ready})).await?;
+    let status = json!({"addresses": addresses, "conditions": ready, "nodeInfo": node_info()});
+    write_status(&nodes, &node_name, status).await?;
     let pod = format!("kari-agent-{name}");
     add_pod(client, &pod, "kari-agent", Some(name)).await?;
     let token = token(client, "kari-agent", &pod).await?;
@@ -100,7 +112,11 @@ pub async fn add_node(
 }
 
 /// Writes the object of the controller's Pod and a kubeconfig with a token bound to it.
-pub async fn add_controller(client: &Client, directory: &Directory, description: &Description) -> Result<()> {
+pub async fn add_controller(
+    client: &Client,
+    directory: &Directory,
+    description: &Description,
+) -> Result<()> {
     let pod = "kari-controller-0";
     add_pod(client, pod, "kari-controller", None).await?;
     let token = token(client, "kari-controller", pod).await?;
@@ -122,14 +138,22 @@ pub async fn wait_admission_policy(client: &Client, node: NodeName) -> Result<()
         async || {
             let request = http::Request::post(&uri)
                 .header("Content-Type", "application/json")
-                .header("Impersonate-User", format!("system:serviceaccount:{NAMESPACE}:kari-agent"))
-                .header("Impersonate-Extra-authentication.kubernetes.io%2Fnode-name", node.to_string())
+                .header(
+                    "Impersonate-User",
+                    format!("system:serviceaccount:{NAMESPACE}:kari-agent"),
+                )
+                .header(
+                    "Impersonate-Extra-authentication.kubernetes.io%2Fnode-name",
+                    node.to_string(),
+                )
                 .body(body.clone());
             match request {
                 Err(error) => Seen::Never(error.to_string()),
                 Ok(request) => match client.request::<Lease>(request).await {
                     Ok(_) => Seen::NotYet("an agent may write any Lease".to_owned()),
-                    Err(error) if error.to_string().contains("only its own Lease") => Seen::Ready(()),
+                    Err(error) if error.to_string().contains("only its own Lease") => {
+                        Seen::Ready(())
+                    }
                     Err(error) => Seen::NotYet(error.to_string()),
                 },
             }
@@ -162,16 +186,21 @@ async fn apply(client: &Client, yaml: &str) -> Result<Vec<String>> {
             serde_saphyr::from_str(document).map_err(|error| unreadable("a manifest", &error))?;
         let Some(object) = parsed else { continue };
         let types = object.types.clone().unwrap_or_default();
-        let kind = GroupVersionKind::try_from(types).map_err(|error| unreadable("a manifest", &error))?;
+        let kind =
+            GroupVersionKind::try_from(types).map_err(|error| unreadable("a manifest", &error))?;
         let resource = ApiResource::from_gvk(&kind);
         let name = object.metadata.name.clone().unwrap_or_default();
         let api: Api<DynamicObject> = match &object.metadata.namespace {
             Some(namespace) => Api::namespaced_with(client.clone(), namespace, &resource),
             None => Api::all_with(client.clone(), &resource),
         };
-        api.patch(&name, &PatchParams::apply(FIELD_MANAGER).force(), &Patch::Apply(&object))
-            .await
-            .context(|| format!("apply the {} {name}", kind.kind))?;
+        api.patch(
+            &name,
+            &PatchParams::apply(FIELD_MANAGER).force(),
+            &Patch::Apply(&object),
+        )
+        .await
+        .context(|| format!("apply the {} {name}", kind.kind))?;
         names.push(name);
     }
     Ok(names)
@@ -186,18 +215,46 @@ async fn add_pod(client: &Client, name: &str, account: &str, node: Option<NodeNa
             "automountServiceAccountToken": false,
             "nodeName": node.map(|node| node.to_string()),
             "tolerations": [{"operator": "Exists"}],
-            // A process of the testbed is what runs; the name is for readers.
-            "containers": [{"name": "kari", "image": "kari.invalid/kari:testbed"}],
+            "containers": [{"name": "kari", "image": IMAGE}],
         },
     });
     write(&pods, name, pod).await?;
     let ready = json!([{"type": "Ready", "status": "True"}]);
-    write_status(&pods, name, json!({"phase": "Running", "conditions": ready})).await
+    let container = json!([{
+        "name": "kari", "image": IMAGE, "imageID": "", "ready": true, "restartCount": 0,
+        "state": {"running": {}},
+    }]);
+    let status = json!({"phase": "Running", "conditions": ready, "containerStatuses": container});
+    write_status(&pods, name, status).await
+}
+
+/// What `kubectl get nodes -o wide` shows of this machine.
+fn node_info() -> serde_json::Value {
+    let uname = rustix::system::uname();
+    let system = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
+    let name = system
+        .lines()
+        .find_map(|line| line.strip_prefix("PRETTY_NAME="))
+        .unwrap_or("Linux")
+        .trim_matches('"');
+    json!({
+        "architecture": uname.machine().to_string_lossy(),
+        "operatingSystem": "linux",
+        "osImage": name,
+        "kernelVersion": uname.release().to_string_lossy(),
+        "machineID": "", "systemUUID": "", "bootID": "",
+        "containerRuntimeVersion": "", "kubeletVersion": "", "kubeProxyVersion": "",
+    })
 }
 
 async fn token(client: &Client, account: &str, pod: &str) -> Result<String> {
     let pods: Api<Pod> = Api::namespaced(client.clone(), NAMESPACE);
-    let uid = pods.get(pod).await.context(|| format!("read the Pod {pod}"))?.metadata.uid;
+    let uid = pods
+        .get(pod)
+        .await
+        .context(|| format!("read the Pod {pod}"))?
+        .metadata
+        .uid;
     let request = TokenRequest {
         spec: TokenRequestSpec {
             audiences: Vec::new(),
@@ -245,20 +302,28 @@ where
 {
     object["apiVersion"] = json!(K::api_version(&()));
     object["kind"] = json!(K::kind(&()));
-    api.patch(name, &PatchParams::apply(FIELD_MANAGER).force(), &Patch::Apply(&object))
-        .await
-        .map(drop)
-        .context(|| format!("write the {} {name}", K::kind(&())))
+    api.patch(
+        name,
+        &PatchParams::apply(FIELD_MANAGER).force(),
+        &Patch::Apply(&object),
+    )
+    .await
+    .map(drop)
+    .context(|| format!("write the {} {name}", K::kind(&())))
 }
 
 async fn write_status<K>(api: &Api<K>, name: &str, status: serde_json::Value) -> Result<()>
 where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + std::fmt::Debug,
 {
-    api.patch_status(name, &PatchParams::default(), &Patch::Merge(json!({"status": status})))
-        .await
-        .map(drop)
-        .context(|| format!("write the status of the {} {name}", K::kind(&())))
+    api.patch_status(
+        name,
+        &PatchParams::default(),
+        &Patch::Merge(json!({"status": status})),
+    )
+    .await
+    .map(drop)
+    .context(|| format!("write the status of the {} {name}", K::kind(&())))
 }
 
 fn is_established(crd: &CustomResourceDefinition) -> bool {

@@ -25,8 +25,7 @@ use tokio_util::io::{ReaderStream, StreamReader};
 
 use crate::{
     error::{Context, Error, Result},
-    network, process,
-    program,
+    network, process, program,
     state::{Description, Directory, Part, write_file},
     wait::{Seen, until},
 };
@@ -63,7 +62,9 @@ impl std::str::FromStr for RepositoryName {
         let fits = !text.is_empty()
             && text.len() <= 100
             && !text.starts_with(['.', '-'])
-            && text.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c));
+            && text
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || "._-".contains(c));
         if fits {
             Ok(Self(text.trim_end_matches(".git").to_owned()))
         } else {
@@ -140,7 +141,13 @@ pub fn commit(
     }
     process::run(git().args(["add", "--all", "."]))?;
     let tree = process::run(git().arg("write-tree"))?;
-    let parent = process::run(git().args(["rev-parse", "--quiet", "--verify", "refs/heads/main^{commit}"])).ok();
+    let parent = process::run(git().args([
+        "rev-parse",
+        "--quiet",
+        "--verify",
+        "refs/heads/main^{commit}",
+    ]))
+    .ok();
     let mut arguments = vec!["commit-tree", &tree, "-m", message];
     if let Some(parent) = &parent {
         let before = process::run(git().args(["rev-parse", &format!("{parent}^{{tree}}")]))?;
@@ -167,7 +174,9 @@ pub fn mirror(
     name: &RepositoryName,
     bare: &Path,
 ) -> Result<Repository> {
-    let bare = bare.canonicalize().context(|| format!("find {}", bare.display()))?;
+    let bare = bare
+        .canonicalize()
+        .context(|| format!("find {}", bare.display()))?;
     let target = path(directory, name);
     let staged = target.with_extension("new");
     let remove = |folder: &Path| match fs::remove_dir_all(folder) {
@@ -224,7 +233,11 @@ async fn backend(root: &Path, request: Request) -> std::io::Result<Response> {
         return Ok(StatusCode::METHOD_NOT_ALLOWED.into_response());
     }
     let header = |name: HeaderName| {
-        parts.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
+        parts
+            .headers
+            .get(name)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default()
     };
     let mut child = tokio::process::Command::new("git")
         .arg("http-backend")
@@ -239,7 +252,10 @@ async fn backend(root: &Path, request: Request) -> std::io::Result<Response> {
         .env("QUERY_STRING", parts.uri.query().unwrap_or_default())
         .env("CONTENT_TYPE", header(header::CONTENT_TYPE))
         .env("HTTP_CONTENT_ENCODING", header(header::CONTENT_ENCODING))
-        .env("GIT_PROTOCOL", header(HeaderName::from_static("git-protocol")))
+        .env(
+            "GIT_PROTOCOL",
+            header(HeaderName::from_static("git-protocol")),
+        )
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .kill_on_drop(true)
@@ -277,14 +293,18 @@ async fn read_head(
     loop {
         let mut line = String::new();
         if stdout.read_line(&mut line).await? == 0 {
-            return Err(std::io::Error::other("git http-backend ended before its answer"));
+            return Err(std::io::Error::other(
+                "git http-backend ended before its answer",
+            ));
         }
         let line = line.trim_end();
         if line.is_empty() {
             return Ok((status, headers));
         }
         let Some((name, value)) = line.split_once(':') else {
-            return Err(std::io::Error::other(format!("git http-backend wrote {line:?}")));
+            return Err(std::io::Error::other(format!(
+                "git http-backend wrote {line:?}"
+            )));
         };
         if name.eq_ignore_ascii_case("status") {
             let code = value.split_whitespace().next().unwrap_or_default();
@@ -292,7 +312,10 @@ async fn read_head(
         } else {
             headers.insert(
                 name.parse::<HeaderName>().map_err(std::io::Error::other)?,
-                value.trim().parse::<HeaderValue>().map_err(std::io::Error::other)?,
+                value
+                    .trim()
+                    .parse::<HeaderValue>()
+                    .map_err(std::io::Error::other)?,
             );
         }
     }
@@ -316,7 +339,11 @@ fn path(directory: &Directory, name: &RepositoryName) -> PathBuf {
     directory.join("git").join(format!("{}.git", name.0))
 }
 
-fn repository_at(description: &Description, name: &RepositoryName, commit: String) -> Result<Repository> {
+fn repository_at(
+    description: &Description,
+    name: &RepositoryName,
+    commit: String,
+) -> Result<Repository> {
     Ok(Repository {
         url: format!("http://{}/{}.git", description.addresses.git, name.0),
         commit,

@@ -68,11 +68,16 @@ pub async fn wait_controller(directory: &Directory, description: &Description) -
         async || {
             let answer = async {
                 let mut stream = network::connect(namespace.clone(), address).await?;
-                let request = format!("GET /readyz HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+                let request =
+                    format!("GET /readyz HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
                 let action = || format!("ask {address}/readyz");
                 stream.write_all(request.as_bytes()).await.context(action)?;
                 let mut text = Vec::new();
-                stream.take(ANSWER_LIMIT).read_to_end(&mut text).await.context(action)?;
+                stream
+                    .take(ANSWER_LIMIT)
+                    .read_to_end(&mut text)
+                    .await
+                    .context(action)?;
                 Ok::<_, Error>(String::from_utf8_lossy(&text).into_owned())
             };
             if !process.is_some_and(Process::is_alive) {
@@ -127,7 +132,12 @@ pub fn start_agent(
 }
 
 /// Waits until the agent of a node has renewed its Lease after `since`.
-pub async fn wait_agent(client: &Client, directory: &Directory, name: NodeName, since: Timestamp) -> Result<()> {
+pub async fn wait_agent(
+    client: &Client,
+    directory: &Directory,
+    name: NodeName,
+    since: Timestamp,
+) -> Result<()> {
     let leases: Api<Lease> = Api::namespaced(client.clone(), NAMESPACE);
     let agent = directory.process(Part::Agent(name))?;
     let lease = format!("kari-agent-{name}");
@@ -141,7 +151,10 @@ pub async fn wait_agent(client: &Client, directory: &Directory, name: NodeName, 
             }
             match leases.get_opt(&lease).await {
                 Ok(Some(found)) => {
-                    let renewed = found.spec.and_then(|spec| spec.renew_time).map(|time| time.0);
+                    let renewed = found
+                        .spec
+                        .and_then(|spec| spec.renew_time)
+                        .map(|time| time.0);
                     match renewed {
                         Some(time) if time >= since => Seen::Ready(()),
                         Some(time) => Seen::NotYet(format!("its Lease was last renewed at {time}")),
@@ -157,7 +170,11 @@ pub async fn wait_agent(client: &Client, directory: &Directory, name: NodeName, 
 }
 
 /// Starts the controller and every agent, and waits until all are ready.
-pub async fn start_all(directory: &Directory, description: &Description, toolchains: &[Toolchain]) -> Result<()> {
+pub async fn start_all(
+    directory: &Directory,
+    description: &Description,
+    toolchains: &[Toolchain],
+) -> Result<()> {
     let client = plane::client(directory).await?;
     let since = Timestamp::now();
     start_controller(directory, description)?;

@@ -11,8 +11,7 @@ use clap::{Args, Parser, Subcommand};
 use rustix::process::Signal;
 use testbed::{
     Error, Network, Options, Part, Result, Status, Testbed, git, network, node,
-    process::parse_signal,
-    state::Directory,
+    process::parse_signal, state::Directory,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -62,7 +61,11 @@ enum Verb {
         /// The repository's name, as in its URL
         name: String,
         /// The folder to commit
-        #[arg(value_name = "FOLDER", required_unless_present = "mirror", conflicts_with = "mirror")]
+        #[arg(
+            value_name = "FOLDER",
+            required_unless_present = "mirror",
+            conflicts_with = "mirror"
+        )]
         source: Option<PathBuf>,
         /// The commit's message
         #[arg(long, default_value = "change", conflicts_with = "mirror")]
@@ -87,7 +90,7 @@ enum Verb {
         folder: Folder,
         /// controller, agent/nX, node/nX, apiserver, controller-manager, etcd or git
         part: Part,
-        /// TERM unless given; a node always has its power cut unless another one is given
+        /// HUP, INT, QUIT, KILL, USR1, USR2, TERM, CONT or STOP [default: TERM for the controller and agents, KILL for all else]
         #[arg(long, value_parser = parse_signal)]
         signal: Option<Signal>,
     },
@@ -208,16 +211,30 @@ fn run(verb: Verb) -> Result<ExitCode> {
             };
             print(&format!("{}\n{}\n", repository.url, repository.commit))?;
         }
-        Verb::Exec { folder, node, words } => {
+        Verb::Exec {
+            folder,
+            node,
+            words,
+        } => {
             let testbed = folder.attach()?;
             let name = testbed.description().node(&node)?;
             let init = node::init(&Directory::new(testbed.directory())?, name)?;
             return Err(node::become_command(testbed.description(), init, &words));
         }
-        Verb::Kill { folder, part, signal } => {
+        Verb::Kill {
+            folder,
+            part,
+            signal,
+        } => {
             let ends = match part {
-                Part::Node(_) => Signal::KILL,
-                _ => Signal::TERM,
+                Part::Controller | Part::Agent(_) => Signal::TERM,
+                Part::Lab
+                | Part::Forwarder
+                | Part::Etcd
+                | Part::Apiserver
+                | Part::ControllerManager
+                | Part::Git
+                | Part::Node(_) => Signal::KILL,
             };
             block_on(folder.attach()?.kill(part, signal.unwrap_or(ends)))?;
         }
@@ -254,8 +271,14 @@ async fn up(folder: &Path, options: Options) -> Result<ExitCode> {
             return Ok(ExitCode::from(130));
         }
     };
-    eprintln!("ready; kubectl and helm are in {}", testbed.directory().join("bin").display());
-    print(&format!("export KUBECONFIG={}\n", testbed.kubeconfig().display()))?;
+    eprintln!(
+        "ready; kubectl and helm are in {}",
+        testbed.directory().join("bin").display()
+    );
+    print(&format!(
+        "export KUBECONFIG={}\n",
+        testbed.kubeconfig().display()
+    ))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -284,7 +307,11 @@ fn print_status(statuses: &[Status], json: bool) -> Result<()> {
         .collect();
     let mut text = String::new();
     for row in rows {
-        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        let cells: Vec<String> = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:width$}"))
+            .collect();
         text.push_str(cells.join("  ").trim_end());
         text.push('\n');
     }

@@ -156,7 +156,9 @@ pub fn forwarded(
     let map: BTreeMap<SocketAddrV4, SocketAddrV4> =
         read_json(&forwards(directory))?.unwrap_or_default();
     map.get(&address).copied().ok_or_else(|| {
-        Error::State(format!("{address} is not forwarded to the machine's own network"))
+        Error::State(format!(
+            "{address} is not forwarded to the machine's own network"
+        ))
     })
 }
 
@@ -191,8 +193,8 @@ pub fn forward(namespace: &Path, map: &Path, targets: &[SocketAddrV4]) -> Result
     runtime.block_on(async {
         let mut accepting = Vec::new();
         for (listener, target) in listeners {
-            let listener = TcpListener::from_std(listener)
-                .context(|| "listen on 127.0.0.1".to_owned())?;
+            let listener =
+                TcpListener::from_std(listener).context(|| "listen on 127.0.0.1".to_owned())?;
             accepting.push(tokio::spawn(accept(listener, target)));
         }
         write_file(map, &text)?;
@@ -235,14 +237,10 @@ fn forwards(directory: &Directory) -> PathBuf {
 async fn start_lab(directory: &Directory, description: &Description) -> Result<()> {
     let mut unshare = Command::new("unshare");
     unshare.args(["--net", "sleep", "infinity"]);
-    let lab = process::start(
-        &unshare,
-        &description.id,
-        &directory.log(Part::Lab),
-    )?;
+    let lab = process::start(&unshare, &description.id, &directory.log(Part::Lab))?;
     directory.record_process(Part::Lab, lab)?;
-    let machine = std::fs::read_link("/proc/self/ns/net")
-        .context(|| "read /proc/self/ns/net".to_owned())?;
+    let machine =
+        std::fs::read_link("/proc/self/ns/net").context(|| "read /proc/self/ns/net".to_owned())?;
     until(
         "the lab's network was not made",
         START_LIMIT,
@@ -278,11 +276,7 @@ async fn start_forwarder(directory: &Directory, description: &Description) -> Re
                 .into_iter()
                 .map(|name| description.node_http(name).to_string()),
         );
-    let forwarder = process::start(
-        &command,
-        &description.id,
-        &directory.log(Part::Forwarder),
-    )?;
+    let forwarder = process::start(&command, &description.id, &directory.log(Part::Forwarder))?;
     directory.record_process(Part::Forwarder, forwarder)?;
     until(
         "the forwarder is not there",

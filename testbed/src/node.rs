@@ -101,9 +101,15 @@ pub async fn boot(directory: &Directory, description: &Description, name: NodeNa
         .env("PATH", PATH)
         .env("NODE_NAME", name.to_string())
         .env("NODE_DIR", &folder)
-        .env("NODE_GROUP", format!("kari-testbed-{}-{name}", description.id))
+        .env(
+            "NODE_GROUP",
+            format!("kari-testbed-{}-{name}", description.id),
+        )
         .env("NODE_BINDS", folder.join("binds"))
-        .env("NODE_ADDRESS", format!("{}/24", description.node_address(name)))
+        .env(
+            "NODE_ADDRESS",
+            format!("{}/24", description.node_address(name)),
+        )
         .env("LAB_NETNS", namespace.unwrap_or_default());
     let launcher = process::start(&command, &description.id, &directory.log(part))?;
     let log = || directory.log_tail(part);
@@ -114,7 +120,9 @@ pub async fn boot(directory: &Directory, description: &Description, name: NodeNa
                 Some(init) => Seen::Ready(init),
                 None => Seen::Never("its PID 1 ended".to_owned()),
             },
-            Err(_) if launcher.is_alive() => Seen::NotYet("its namespaces are being made".to_owned()),
+            Err(_) if launcher.is_alive() => {
+                Seen::NotYet("its namespaces are being made".to_owned())
+            }
             Err(_) => Seen::Never("its launcher ended".to_owned()),
         }
     })
@@ -143,7 +151,11 @@ pub fn power_off(directory: &Directory, name: NodeName) -> Result<()> {
 }
 
 /// Shuts a node down in order, as `systemctl poweroff` does.
-pub async fn shut_down(directory: &Directory, description: &Description, name: NodeName) -> Result<()> {
+pub async fn shut_down(
+    directory: &Directory,
+    description: &Description,
+    name: NodeName,
+) -> Result<()> {
     let init = init(directory, name)?;
     let mut command = enter(description, init, "systemctl");
     command.arg("poweroff");
@@ -157,7 +169,9 @@ pub async fn shut_down(directory: &Directory, description: &Description, name: N
 /// PID 1 of a node that runs.
 pub fn init(directory: &Directory, name: NodeName) -> Result<Process> {
     directory.running(Part::Node(name))?.ok_or_else(|| {
-        Error::State(format!("node {name} is not running: `testbed start node/{name}` boots it"))
+        Error::State(format!(
+            "node {name} is not running: `testbed start node/{name}` boots it"
+        ))
     })
 }
 
@@ -169,11 +183,16 @@ pub fn enter(description: &Description, init: Process, program: impl AsRef<OsStr
         .env("PATH", PATH)
         .env("LANG", "C.UTF-8")
         .env("HOME", "/root")
-        .env("TERM", std::env::var_os("TERM").unwrap_or_else(|| "dumb".into()))
+        .env(
+            "TERM",
+            std::env::var_os("TERM").unwrap_or_else(|| "dumb".into()),
+        )
         .env("SYSTEMD_PAGER", "")
         .env(ID_VARIABLE, &description.id)
         .arg(format!("--target={}", init.pid))
-        .args(["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--root", "--wd"])
+        .args([
+            "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--root", "--wd",
+        ])
         .arg("--")
         .arg(program);
     command
@@ -184,7 +203,10 @@ pub fn become_command(description: &Description, init: Process, words: &[String]
     let Some((program, arguments)) = words.split_first() else {
         return Error::State("no command was given: testbed exec nX -- COMMAND".to_owned());
     };
-    let source = enter(description, init, program).args(arguments).stdin(Stdio::inherit()).exec();
+    let source = enter(description, init, program)
+        .args(arguments)
+        .stdin(Stdio::inherit())
+        .exec();
     Error::Io {
         action: "run `nsenter`".to_owned(),
         source,
@@ -193,7 +215,10 @@ pub fn become_command(description: &Description, init: Process, words: &[String]
 
 /// The address of a node's system bus, as any process of the machine sees it.
 pub fn bus_address(init: Process) -> String {
-    format!("unix:path=/proc/{}/root/run/dbus/system_bus_socket", init.pid)
+    format!(
+        "unix:path=/proc/{}/root/run/dbus/system_bus_socket",
+        init.pid
+    )
 }
 
 /// What systemd says of the node as a whole: `running`, `degraded`, `starting`, …

@@ -25,8 +25,14 @@ pub fn create(directory: &Directory, description: &Description) -> Result<()> {
     let authority = Authority::create().map_err(certificate_error)?;
     write_file(&directory.pki("ca.crt"), authority.pem.as_bytes())?;
     let tokens = KeyPair::generate().map_err(certificate_error)?;
-    write_file(&directory.pki("tokens.key"), tokens.serialize_pem().as_bytes())?;
-    write_file(&directory.pki("tokens.pub"), tokens.public_key_pem().as_bytes())?;
+    write_file(
+        &directory.pki("tokens.key"),
+        tokens.serialize_pem().as_bytes(),
+    )?;
+    write_file(
+        &directory.pki("tokens.pub"),
+        tokens.public_key_pem().as_bytes(),
+    )?;
     let addresses = [
         *description.addresses.apiserver.ip(),
         Ipv4Addr::LOCALHOST,
@@ -45,7 +51,11 @@ pub enum Credentials<'a> {
 }
 
 /// A kubeconfig that needs no other file than a token's.
-pub fn kubeconfig(directory: &Directory, server: &str, credentials: &Credentials<'_>) -> Result<String> {
+pub fn kubeconfig(
+    directory: &Directory,
+    server: &str,
+    credentials: &Credentials<'_>,
+) -> Result<String> {
     let read = |file: &str| {
         let path = directory.pki(file);
         fs::read(&path)
@@ -93,7 +103,10 @@ impl Authority {
             .distinguished_name
             .push(DnType::CommonName, "kari-testbed");
         parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        parameters.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
+        parameters.key_usages = vec![
+            KeyUsagePurpose::KeyCertSign,
+            KeyUsagePurpose::DigitalSignature,
+        ];
         let key = KeyPair::generate()?;
         let pem = parameters.self_signed(&key)?.pem();
         Ok(Self {
@@ -142,7 +155,9 @@ impl Authority {
 }
 
 fn certificate_error(error: rcgen::Error) -> Error {
-    Error::State(format!("cannot make the control plane's certificates: {error}"))
+    Error::State(format!(
+        "cannot make the control plane's certificates: {error}"
+    ))
 }
 
 /// Standard base64 (RFC 4648), as kubeconfigs hold certificates.

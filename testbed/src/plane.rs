@@ -50,7 +50,11 @@ pub async fn client(directory: &Directory) -> Result<Client> {
 }
 
 /// Starts etcd. It keeps its data in the testbed's folder.
-pub fn start_etcd(directory: &Directory, description: &Description, plane: &ControlPlane) -> Result<()> {
+pub fn start_etcd(
+    directory: &Directory,
+    description: &Description,
+    plane: &ControlPlane,
+) -> Result<()> {
     let client = format!("http://{}", description.addresses.etcd);
     let peer = format!("http://{}", description.addresses.etcd_peer);
     let arguments = [
@@ -64,7 +68,14 @@ pub fn start_etcd(directory: &Directory, description: &Description, plane: &Cont
         format!("--initial-cluster=default={peer}"),
         "--log-level=warn".to_owned(),
     ];
-    start(directory, description, Part::Etcd, &plane.required("etcd")?, &arguments).map(drop)
+    start(
+        directory,
+        description,
+        Part::Etcd,
+        &plane.required("etcd")?,
+        &arguments,
+    )
+    .map(drop)
 }
 
 /// Starts kube-apiserver.
@@ -97,7 +108,14 @@ pub fn start_apiserver(
         Network::Host => arguments.push("--endpoint-reconciler-type=none".to_owned()),
     }
     let program = plane.required("kube-apiserver")?;
-    start(directory, description, Part::Apiserver, &program, &arguments).map(drop)
+    start(
+        directory,
+        description,
+        Part::Apiserver,
+        &program,
+        &arguments,
+    )
+    .map(drop)
 }
 
 /// Waits until the API server says that it is ready.
@@ -154,7 +172,14 @@ pub fn start_controller_manager(
             directory.pki("tokens.key").display()
         ),
     ];
-    start(directory, description, Part::ControllerManager, &program, &arguments).map(drop)
+    start(
+        directory,
+        description,
+        Part::ControllerManager,
+        &program,
+        &arguments,
+    )
+    .map(drop)
 }
 
 fn start(

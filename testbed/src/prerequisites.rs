@@ -42,7 +42,11 @@ pub fn ensure() -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
-    let names = missing.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+    let names = missing
+        .iter()
+        .map(|(name, _)| *name)
+        .collect::<Vec<_>>()
+        .join(", ");
     if !is_debian() {
         return Err(Error::Missing(format!(
             "not installed: {names}; install them by your system's package manager"
@@ -64,11 +68,18 @@ pub fn ensure() -> Result<()> {
 }
 
 fn missing() -> Vec<(&'static str, &'static str)> {
-    NEEDED.into_iter().filter(|(name, _)| !is_there(name)).collect()
+    NEEDED
+        .into_iter()
+        .filter(|(name, _)| !is_there(name))
+        .collect()
 }
 
 fn is_there(name: &str) -> bool {
-    let in_any = |folders: &[String]| folders.iter().any(|folder| Path::new(folder).join(name).exists());
+    let in_any = |folders: &[String]| {
+        folders
+            .iter()
+            .any(|folder| Path::new(folder).join(name).exists())
+    };
     if name.starts_with('/') {
         Path::new(name).exists()
     } else if name.contains(".so.") {
@@ -78,7 +89,12 @@ fn is_there(name: &str) -> bool {
             format!("/usr/lib/{}-linux-gnu", std::env::consts::ARCH),
         ])
     } else {
-        in_any(&crate::node::PATH.split(':').map(str::to_owned).collect::<Vec<_>>())
+        in_any(
+            &crate::node::PATH
+                .split(':')
+                .map(str::to_owned)
+                .collect::<Vec<_>>(),
+        )
     }
 }
 
@@ -98,8 +114,13 @@ fn install(packages: &[&str]) -> Result<()> {
         fs::write(POLICY, "#!/bin/sh\nexit 101\n").context(|| format!("write {POLICY}"))?;
         process::run(Command::new("chmod").args(["755", POLICY]))?;
     }
-    let installed = apt(&["update", "--quiet"])
-        .and_then(|()| apt(&[&["install", "--yes", "--quiet", "--no-install-recommends"], packages].concat()));
+    let installed = apt(&["update", "--quiet"]).and_then(|()| {
+        apt(&[
+            &["install", "--yes", "--quiet", "--no-install-recommends"],
+            packages,
+        ]
+        .concat())
+    });
     if refuses {
         fs::remove_file(POLICY).context(|| format!("remove {POLICY}"))?;
     }

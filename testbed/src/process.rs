@@ -148,11 +148,13 @@ pub fn start(command: &Command, id: &str, log: &Path) -> Result<Process> {
     let process = Process::observe(pid);
     // Its end is collected, or it would stay a zombie as long as this process lives.
     std::thread::spawn(move || child.wait());
-    process.ok_or_else(|| Error::State(format!(
-        "{} ended at once: see {}",
-        program.to_string_lossy(),
-        log.display()
-    )))
+    process.ok_or_else(|| {
+        Error::State(format!(
+            "{} ended at once: see {}",
+            program.to_string_lossy(),
+            log.display()
+        ))
+    })
 }
 
 /// Runs a command to its end and returns what it printed.
@@ -167,7 +169,9 @@ pub fn run(command: &mut Command) -> Result<String> {
         .output()
         .context(|| format!("run `{line}`"))?;
     if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned());
+        return Ok(String::from_utf8_lossy(&output.stdout)
+            .trim_end()
+            .to_owned());
     }
     Err(Error::Command {
         command: line,

@@ -50,7 +50,8 @@ impl ControlPlane {
     /// Finds the components, and builds them where that was not done yet:
     /// minutes the first time, which is said on standard error.
     pub fn ensure() -> Result<Self> {
-        if let Some(folder) = std::env::var_os("KUBEBUILDER_ASSETS").filter(|path| !path.is_empty()) {
+        if let Some(folder) = std::env::var_os("KUBEBUILDER_ASSETS").filter(|path| !path.is_empty())
+        {
             let folder = PathBuf::from(folder);
             return match ["etcd", "kube-apiserver", "kubectl"]
                 .iter()
@@ -135,7 +136,10 @@ fn cache_folder() -> Result<PathBuf> {
         .or_else(|| set("HOME").map(|home| Path::new(&home).join(".cache")))
         .map(|folder| folder.join("kari/control-plane"))
         .ok_or_else(|| {
-            Error::Missing("neither XDG_CACHE_HOME nor HOME is set: set one, for the programs that are built".to_owned())
+            Error::Missing(
+                "neither XDG_CACHE_HOME nor HOME is set: set one, for the programs that are built"
+                    .to_owned(),
+            )
         })
 }
 
@@ -149,7 +153,10 @@ fn digest() -> String {
     }
     digest.update(LINKER_FLAGS);
     let digest = digest.finalize();
-    digest[..16].iter().map(|byte| format!("{byte:02x}")).collect()
+    digest[..16]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 fn build(folder: &Path) -> Result<()> {

@@ -20,8 +20,7 @@ use crate::{
     cluster,
     error::{Context, Error, Result},
     git::{self, Repository},
-    kari, network, node, pki, plane, prerequisites,
-    process,
+    kari, network, node, pki, plane, prerequisites, process,
     program::{self, ControlPlane},
     state::{Description, Directory, MAX_NODES, Network, NodeName, Part},
     toolchains,
@@ -30,9 +29,9 @@ use crate::{
 /// How long processes may take to be gone after SIGKILL.
 const DOWN_LIMIT: Duration = Duration::from_secs(20);
 
-/// How long a part may take to end by a signal that ends it: the controller
-/// and the agents stop in order within 30 s.
-const END_LIMIT: Duration = Duration::from_secs(40);
+/// How long a part may take to end by a signal that ends it: the API server
+/// waits a minute for its watches.
+const END_LIMIT: Duration = Duration::from_secs(90);
 
 /// How long a command in a node may take.
 const EXEC_LIMIT: Duration = Duration::from_secs(300);
@@ -107,7 +106,9 @@ impl Testbed {
     pub async fn up(options: Options) -> Result<Self> {
         let directory = match &options.directory {
             Some(path) => Directory::new(path)?,
-            None => Directory::new(&std::env::temp_dir().join(format!("kari-testbed-{}", new_id()?)))?,
+            None => {
+                Directory::new(&std::env::temp_dir().join(format!("kari-testbed-{}", new_id()?)))?
+            }
         };
         // The reaper first: what follows may be killed half-way.
         let reaper = start_reaper(&directory)?;
@@ -118,7 +119,10 @@ impl Testbed {
 
     /// As [`Testbed::up`], but it stays up until [`Testbed::down`].
     pub async fn up_and_keep(options: Options) -> Result<Self> {
-        let path = options.directory.clone().unwrap_or_else(Directory::default_path);
+        let path = options
+            .directory
+            .clone()
+            .unwrap_or_else(Directory::default_path);
         Self::bring_up(Directory::new(&path)?, options).await
     }
 
@@ -171,7 +175,10 @@ impl Testbed {
     ///
     /// # Errors
     /// When it exits with another status than 0, with what it said.
-    pub async fn kubectl<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<String> {
+    pub async fn kubectl<S: AsRef<OsStr>>(
+        &self,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Result<String> {
         let mut command = Command::new(self.directory.join("bin/kubectl"));
         command.args(arguments).env("KUBECONFIG", self.kubeconfig());
         tokio::task::spawn_blocking(move || process::run(&mut command))
@@ -190,7 +197,13 @@ impl Testbed {
     /// All nodes, in order.
     pub fn nodes(&self) -> Vec<NodeHandle<'_>> {
         let names = self.description.node_names();
-        names.into_iter().map(|name| NodeHandle { testbed: self, name }).collect()
+        names
+            .into_iter()
+            .map(|name| NodeHandle {
+                testbed: self,
+                name,
+            })
+            .collect()
     }
 
     /// Commits a folder's files to `main` of a repository, made if new.
@@ -234,7 +247,10 @@ impl Testbed {
             return Ok(());
         }
         let ended = tokio::task::spawn_blocking(move || process.wait_end(END_LIMIT));
-        if ended.await.map_err(|error| Error::State(error.to_string()))? {
+        if ended
+            .await
+            .map_err(|error| Error::State(error.to_string()))?
+        {
             return Ok(());
         }
         Err(Error::NotReady {
@@ -272,7 +288,9 @@ impl Testbed {
                 kari::wait_controller(directory, description).await
             }
             Part::Node(name) => node::boot(directory, description, name).await,
-            Part::Agent(name) => kari::start_agent(directory, description, &toolchains::find(), name),
+            Part::Agent(name) => {
+                kari::start_agent(directory, description, &toolchains::find(), name)
+            }
         }
     }
 
@@ -285,7 +303,9 @@ impl Testbed {
             let mut command = node::enter(&self.description, init, "journalctl");
             command.args(["--no-pager", "--boot"]);
             return process::run(&mut command).map_err(|error| match error {
-                Error::Command { .. } => Error::State(format!("the journal of {name} cannot be read: {error}")),
+                Error::Command { .. } => {
+                    Error::State(format!("the journal of {name} cannot be read: {error}"))
+                }
                 other => other,
             });
         }
@@ -304,15 +324,18 @@ impl Testbed {
             let process = self.directory.running(part)?;
             let state = match (part, process) {
                 (_, None) => "ended".to_owned(),
-                (Part::Node(_), Some(init)) => node::system_state(init)
-                    .await
-                    .unwrap_or_else(|error| format!("running, but its bus does not answer: {error}")),
+                (Part::Node(_), Some(init)) => {
+                    node::system_state(init).await.unwrap_or_else(|error| {
+                        format!("running, but its bus does not answer: {error}")
+                    })
+                }
                 (_, Some(process)) if process.is_stopped() => "stopped".to_owned(),
                 (_, Some(_)) => "running".to_owned(),
             };
             let address = self.address(part);
-            let forwarded = address
-                .and_then(|address| network::forwarded(&self.directory, &self.description, address).ok());
+            let forwarded = address.and_then(|address| {
+                network::forwarded(&self.directory, &self.description, address).ok()
+            });
             statuses.push(Status {
                 part: part.to_string(),
                 state,
@@ -330,7 +353,12 @@ impl Testbed {
             Network::Lab => vec![Part::Lab, Part::Forwarder],
             Network::Host => Vec::new(),
         };
-        parts.extend([Part::Etcd, Part::Apiserver, Part::ControllerManager, Part::Git]);
+        parts.extend([
+            Part::Etcd,
+            Part::Apiserver,
+            Part::ControllerManager,
+            Part::Git,
+        ]);
         let names = self.description.node_names();
         parts.extend(names.iter().copied().map(Part::Node));
         if self.description.kari {
@@ -356,7 +384,9 @@ impl Testbed {
 
     fn has(&self, part: Part) -> Result<()> {
         match part {
-            Part::Node(name) | Part::Agent(name) => self.description.node(&name.to_string()).map(drop),
+            Part::Node(name) | Part::Agent(name) => {
+                self.description.node(&name.to_string()).map(drop)
+            }
             Part::Lab
             | Part::Forwarder
             | Part::Etcd
@@ -387,7 +417,9 @@ impl Testbed {
         if let Err(error) = started {
             return Err(match take_down(&directory, &description) {
                 Ok(()) => error,
-                Err(second) => Error::State(format!("{error}; and then could not be taken down: {second}")),
+                Err(second) => Error::State(format!(
+                    "{error}; and then could not be taken down: {second}"
+                )),
             });
         }
         description.complete = true;
@@ -448,14 +480,19 @@ impl NodeHandle<'_> {
     ///
     /// # Errors
     /// When it cannot be run; its own failure is in the output's status.
-    pub async fn exec<S: AsRef<OsStr>>(&self, words: impl IntoIterator<Item = S>) -> Result<Output> {
+    pub async fn exec<S: AsRef<OsStr>>(
+        &self,
+        words: impl IntoIterator<Item = S>,
+    ) -> Result<Output> {
         let mut words = words.into_iter();
         let program = words
             .next()
             .ok_or_else(|| Error::State("no command was given".to_owned()))?;
         let mut command = self.command(program)?;
         command.args(words).stdin(Stdio::null());
-        let running = tokio::process::Command::from(command).kill_on_drop(true).output();
+        let running = tokio::process::Command::from(command)
+            .kill_on_drop(true)
+            .output();
         match tokio::time::timeout(EXEC_LIMIT, running).await {
             Ok(output) => output.context(|| format!("run a command in {}", self.name)),
             Err(_elapsed) => Err(Error::NotReady {
@@ -471,11 +508,19 @@ impl NodeHandle<'_> {
     ///
     /// # Errors
     /// When it exits with another status than 0, with what it said.
-    pub async fn output<S: AsRef<OsStr>>(&self, words: impl IntoIterator<Item = S>) -> Result<String> {
-        let words: Vec<_> = words.into_iter().map(|word| word.as_ref().to_owned()).collect();
+    pub async fn output<S: AsRef<OsStr>>(
+        &self,
+        words: impl IntoIterator<Item = S>,
+    ) -> Result<String> {
+        let words: Vec<_> = words
+            .into_iter()
+            .map(|word| word.as_ref().to_owned())
+            .collect();
         let output = self.exec(&words).await?;
         if output.status.success() {
-            return Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned());
+            return Ok(String::from_utf8_lossy(&output.stdout)
+                .trim_end()
+                .to_owned());
         }
         let words: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();
         Err(Error::Command {
@@ -487,7 +532,10 @@ impl NodeHandle<'_> {
 
     /// The address of its system bus, as any process of the machine sees it.
     pub fn bus_address(&self) -> Result<String> {
-        Ok(node::bus_address(node::init(&self.testbed.directory, self.name)?))
+        Ok(node::bus_address(node::init(
+            &self.testbed.directory,
+            self.name,
+        )?))
     }
 
     /// Cuts its power: every process is killed, nothing more is written.
@@ -502,12 +550,21 @@ impl NodeHandle<'_> {
 
     /// Shuts it down in order and boots it again, without its agent.
     pub async fn reboot(&self) -> Result<()> {
-        node::shut_down(&self.testbed.directory, &self.testbed.description, self.name).await?;
+        node::shut_down(
+            &self.testbed.directory,
+            &self.testbed.description,
+            self.name,
+        )
+        .await?;
         self.power_on().await
     }
 }
 
-async fn start_parts(directory: &Directory, description: &Description, plane: &ControlPlane) -> Result<()> {
+async fn start_parts(
+    directory: &Directory,
+    description: &Description,
+    plane: &ControlPlane,
+) -> Result<()> {
     for folder in ["parts", "logs", "bin", "git", "nodes"] {
         directory.make_folder(folder)?;
     }
@@ -533,7 +590,11 @@ async fn start_parts(directory: &Directory, description: &Description, plane: &C
     }
     let crds = crds.await.map_err(joined)??;
     let names = description.node_names();
-    let boots = futures::future::try_join_all(names.iter().map(|&name| node::boot(directory, description, name)));
+    let boots = futures::future::try_join_all(
+        names
+            .iter()
+            .map(|&name| node::boot(directory, description, name)),
+    );
     let cluster = async {
         plane::wait_apiserver(directory).await?;
         let client = plane::client(directory).await?;
@@ -545,7 +606,8 @@ async fn start_parts(directory: &Directory, description: &Description, plane: &C
         }
         cluster::add_controller(&client, directory, description).await?;
         cluster::wait_admission_policy(&client, names[0]).await?;
-        cluster::wait_controller_manager(&client, || directory.log_tail(Part::ControllerManager)).await
+        cluster::wait_controller_manager(&client, || directory.log_tail(Part::ControllerManager))
+            .await
     };
     futures::future::try_join3(git::start(directory, description), boots, cluster).await?;
     if description.kari {
@@ -557,8 +619,11 @@ async fn start_parts(directory: &Directory, description: &Description, plane: &C
 /// Ends every process, removes the cgroups and then the folder.
 fn take_down(directory: &Directory, description: &Description) -> Result<()> {
     let start = Instant::now();
+    // One that is ending has lost its environment already, and is waited for all the same.
+    let mut left = directory.recorded_processes()?;
     loop {
-        let left = process::of_testbed(&description.id);
+        left.extend(process::of_testbed(&description.id));
+        left.retain(|process| process.is_alive());
         if left.is_empty() {
             break;
         }
@@ -566,14 +631,14 @@ fn take_down(directory: &Directory, description: &Description) -> Result<()> {
             return Err(Error::NotReady {
                 what: "the testbed's processes did not end".to_owned(),
                 limit: DOWN_LIMIT,
-                seen: format!("{:?}", left.iter().map(|process| process.pid).collect::<Vec<_>>()),
+                seen: format!("{left:?}"),
                 log: String::new(),
             });
         }
         for process in &left {
             process.signal(Signal::KILL)?;
         }
-        for process in left {
+        for process in &left {
             process.wait_end(Duration::from_millis(100));
         }
     }
@@ -648,7 +713,8 @@ fn check_options(options: &Options) -> Result<()> {
     }
     if options.network == Network::Host && options.nodes > 1 {
         return Err(Error::State(
-            "the machine's own network has room for one node: use --nodes 1, or --network lab".to_owned(),
+            "the machine's own network has room for one node: use --nodes 1, or --network lab"
+                .to_owned(),
         ));
     }
     Ok(())

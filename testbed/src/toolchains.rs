@@ -19,8 +19,19 @@ pub const FOLDER: &str = "/opt/toolchains";
 const QUESTIONS: [(&str, &str, &[&str]); 4] = [
     ("rust", "rustc", &["--print", "sysroot"]),
     ("go", "go", &["env", "GOROOT"]),
-    ("python", "python3", &["-c", "import sys; print(sys.base_prefix)"]),
-    ("node", "node", &["-p", "require('path').dirname(require('path').dirname(process.execPath))"]),
+    (
+        "python",
+        "python3",
+        &["-c", "import sys; print(sys.base_prefix)"],
+    ),
+    (
+        "node",
+        "node",
+        &[
+            "-p",
+            "require('path').dirname(require('path').dirname(process.execPath))",
+        ],
+    ),
 ];
 
 /// A toolchain that is installed outside the usual system folders.
@@ -44,7 +55,9 @@ pub fn find() -> Vec<Toolchain> {
         std::thread::spawn(move || {
             let answer = process::run(Command::new(program).args(arguments)).ok()?;
             let source = Path::new(answer.trim()).canonicalize().ok()?;
-            let system = ["/", "/usr", "/usr/local"].iter().any(|folder| Path::new(folder) == source);
+            let system = ["/", "/usr", "/usr/local"]
+                .iter()
+                .any(|folder| Path::new(folder) == source);
             (!system && source.join("bin").is_dir()).then_some(Toolchain { name, source })
         })
     });

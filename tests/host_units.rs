@@ -1,4 +1,7 @@
 //! The host layer on a real systemd: units, jails, users and limits as they are, not as they read.
+//!
+//! Each test runs twice: outside, where it copies this program into a node and starts itself there, and
+//! in the node, where it is what its name says.
 
 #![allow(
     clippy::unwrap_used,
@@ -10,7 +13,6 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::time::Duration;
 
 use kari::agent::host::jail::Setting;
@@ -21,7 +23,8 @@ use kari::agent::host::users::{self, AppUsers, Users};
 use kari::agent::host::{limits, seal, slices, store, unit};
 use kari::api::deployment::{Build, EnvVar, Process};
 use kari::api::names::{AppName, Commit, NodeName, ReleaseId};
-use tokio::sync::{OnceCell, RwLock, RwLockReadGuard, mpsc};
+use testbed::{Options, Testbed};
+use tokio::sync::{Mutex, OnceCell, mpsc};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
@@ -29,15 +32,66 @@ const TOOL_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 /// The longest that anything here may take; far above what it does.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// Set where a test runs in the node.
+const IN_NODE: &str = "KARI_TEST_IN_NODE";
+/// This program in the node.
+const PROGRAM: &str = "/root/host_units";
+
+/// One node for all tests; taken down when this process ends.
+static TESTBED: OnceCell<Testbed> = OnceCell::const_new();
+/// One test at a time: some take the bus away, and the store has one owner.
+static TURN: Mutex<()> = Mutex::const_new(());
+
+/// Outside: runs the calling test in the node, and is true. In the node: false.
+macro_rules! outside {
+    () => {
+        run_in_node(std::any::type_name_of_val(&|| ())).await
+    };
+}
+
+async fn run_in_node(path: &str) -> bool {
+    if std::env::var_os(IN_NODE).is_some() {
+        return false;
+    }
+    let testbed = TESTBED.get_or_init(node_with_this_program).await;
+    let test = path.split("::").nth(1).unwrap();
+    let _turn = TURN.lock().await;
+    let variable = format!("{IN_NODE}=1");
+    let words = ["env", &variable, PROGRAM, "--exact", test, "--nocapture"];
+    let output = testbed.node("n1").unwrap().exec(words).await.unwrap();
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(
+        output.status.success() && text.contains("1 passed"),
+        "{text}"
+    );
+    print!("{text}");
+    true
+}
+
+async fn node_with_this_program() -> Testbed {
+    let testbed = Testbed::up(Options {
+        kari: false,
+        ..Options::default()
+    })
+    .await
+    .unwrap();
+    let mut copy = testbed.node("n1").unwrap().command("sh").unwrap();
+    copy.args(["-c", &format!("cat >{PROGRAM} && chmod 755 {PROGRAM}")]);
+    copy.stdin(fs::File::open(std::env::current_exe().unwrap()).unwrap());
+    assert!(copy.status().unwrap().success());
+    testbed
+}
+
 /// The node's agent, as far as the host layer goes.
 struct Host {
     store: Store,
     users: Users,
     files: UnitFiles,
 }
-
-/// Read by every test that talks to systemd, written by the one that takes the bus away.
-static BUS: RwLock<()> = RwLock::const_new(());
 
 static HOST: OnceCell<Host> = OnceCell::const_new();
 
@@ -64,15 +118,9 @@ struct App {
     systemd: Systemd,
     /// Kept, as the client's watcher lives as long as its reader.
     _events: mpsc::Receiver<HostEvent>,
-    _bus: Arc<RwLockReadGuard<'static, ()>>,
 }
 
 async fn app(name: &str) -> App {
-    with_bus(name, Arc::new(BUS.read().await)).await
-}
-
-/// An app of a test that holds the bus already.
-async fn with_bus(name: &str, bus: Arc<RwLockReadGuard<'static, ()>>) -> App {
     let host = host().await;
     let (systemd, events) = systemd().await;
     let name = AppName::new("test", name).unwrap();
@@ -86,7 +134,6 @@ async fn with_bus(name: &str, bus: Arc<RwLockReadGuard<'static, ()>>) -> App {
         files: &host.files,
         systemd,
         _events: events,
-        _bus: bus,
     }
 }
 
@@ -295,6 +342,9 @@ mv $STATE_DIRECTORY/env.tmp $STATE_DIRECTORY/env; mv $STATE_DIRECTORY/words.tmp 
 
 #[tokio::test]
 async fn every_text_of_a_user_reaches_its_program_unchanged() {
+    if outside!() {
+        return;
+    }
     let app = app("quote").await;
     let nasty = [
         "",
@@ -395,6 +445,9 @@ async fn every_text_of_a_user_reaches_its_program_unchanged() {
 
 #[tokio::test]
 async fn a_build_becomes_a_sealed_tree_that_a_service_runs_in() {
+    if outside!() {
+        return;
+    }
     let app = app("pipeline").await;
     let step = app
         .build(
@@ -447,9 +500,12 @@ async fn a_build_becomes_a_sealed_tree_that_a_service_runs_in() {
 
 #[tokio::test]
 async fn each_way_in_which_a_build_ends_is_told_from_the_others() {
+    if outside!() {
+        return;
+    }
     let app = app("ends").await;
     let files = [("file", "")];
-    let run = |script: &str| serde_json::json!({"run": script, "timeoutSeconds": 10, "resources": {"limits": {"memory": "64Mi", "tasks": 64}}});
+    let run = |script: &str| serde_json::json!({"run": script, "timeoutSeconds": 2, "resources": {"limits": {"memory": "64Mi", "tasks": 64}}});
 
     let step = app.build(&files, None, run("echo no; exit 3")).await;
     let result = app.built(&step).await;
@@ -561,6 +617,9 @@ async fn each_way_in_which_a_build_ends_is_told_from_the_others() {
 
 #[tokio::test]
 async fn a_unit_that_systemd_refuses_is_told_from_one_that_is_not_there() {
+    if outside!() {
+        return;
+    }
     let app = app("refused").await;
     let missing = app
         .systemd
@@ -608,6 +667,9 @@ async fn a_unit_that_systemd_refuses_is_told_from_one_that_is_not_there() {
 
 #[tokio::test]
 async fn the_exposure_of_the_jails_is_what_the_readme_says() {
+    if outside!() {
+        return;
+    }
     let app = app("exposure").await;
     let exposure = |unit: &str| {
         let output = Command::new("systemd-analyze")
@@ -674,8 +736,10 @@ try own-tree cat /var/lib/kari/app/file
 
 #[tokio::test]
 async fn an_app_sees_nothing_of_its_neighbour() {
-    let bus = Arc::new(BUS.read().await);
-    let neighbour = with_bus("neighbour", bus.clone()).await;
+    if outside!() {
+        return;
+    }
+    let neighbour = app("neighbour").await;
     let tree = neighbour.tree(&[("file", "secret")]);
     let secret = EnvVar {
         name: "SECRET".to_owned(),
@@ -696,7 +760,7 @@ async fn an_app_sees_nothing_of_its_neighbour() {
         "the node's own shm is not the jail's"
     );
 
-    let app = with_bus("pry", bus).await;
+    let app = app("pry").await;
     let own = app.tree(&[("file", "mine")]);
     let env_file = fs::read_dir(neighbour.folder.path().join("env"))
         .unwrap()
@@ -738,7 +802,9 @@ async fn an_app_sees_nothing_of_its_neighbour() {
 
 #[tokio::test]
 async fn a_restart_of_the_bus_is_survived_and_everything_is_looked_at_anew() {
-    let _bus = BUS.write().await;
+    if outside!() {
+        return;
+    }
     let (systemd, mut events) = systemd().await;
     assert_eq!(events.recv().await, Some(HostEvent::Everything));
     let bus = systemd
@@ -773,6 +839,9 @@ async fn a_restart_of_the_bus_is_survived_and_everything_is_looked_at_anew() {
 
 #[tokio::test]
 async fn an_event_names_the_unit_that_changed() {
+    if outside!() {
+        return;
+    }
     let app = app("events").await;
     let (_second, mut events) = systemd().await;
     let tree = app.tree(&[]);
@@ -797,7 +866,9 @@ async fn an_event_names_the_unit_that_changed() {
 
 #[tokio::test]
 async fn limits_are_proven_by_what_they_stop() {
-    let _bus = BUS.read().await;
+    if outside!() {
+        return;
+    }
     let host = host().await;
     let git = host.users.ensure_git(&host.store).unwrap();
     let (systemd, _events) = systemd().await;
@@ -825,6 +896,9 @@ async fn limits_are_proven_by_what_they_stop() {
 
 #[tokio::test]
 async fn slices_are_installed_once() {
+    if outside!() {
+        return;
+    }
     let app = app("slices").await;
     slices::install(&app.systemd, app.files).await.unwrap();
     let tree = app.tree(&[]);
@@ -863,6 +937,9 @@ try writable-code perl -e 'exit(syscall($ENV{MMAP}, 0, 4096, 7, 34, -1, 0) == -1
 
 #[tokio::test]
 async fn each_exception_of_a_sandbox_gives_or_takes_what_it_names() {
+    if outside!() {
+        return;
+    }
     let app = app("sandbox").await;
     let tree = app.tree(&[]);
     fs::create_dir_all("/srv/kari-test").unwrap();
@@ -931,6 +1008,9 @@ async fn each_exception_of_a_sandbox_gives_or_takes_what_it_names() {
 
 #[tokio::test]
 async fn a_target_starts_the_services_that_it_names_without_a_reload() {
+    if outside!() {
+        return;
+    }
     let app = app("target").await;
     let tree = app.tree(&[]);
     let process = |name: &str| serde_json::json!({"name": name, "command": ["sleep", "1000"]});
@@ -962,6 +1042,9 @@ async fn a_target_starts_the_services_that_it_names_without_a_reload() {
 
 #[tokio::test]
 async fn a_crash_loop_is_counted_and_its_program_that_is_missing_is_told() {
+    if outside!() {
+        return;
+    }
     let app = app("crash").await;
     let tree = app.tree(&[]);
     let crash = app

@@ -393,7 +393,7 @@ async fn connect() -> Result<Sender, String> {
 }
 
 async fn a_switch_under_load_fails_no_request(node: &Node) {
-    let switches: usize = std::env::var("SWITCHES").ok().and_then(|text| text.parse().ok()).unwrap_or(10);
+    let switches: usize = std::env::var("SWITCHES").ok().and_then(|text| text.parse().ok()).unwrap_or(3);
     let mut old_port = 21001;
     let mut old_app = Some(App::start("v0", old_port).await);
     node.proxy.publish(&virtual_host("web.shop", 100, &["shop.test"], old_port, None)).await.unwrap();

@@ -29,6 +29,9 @@ pub const MEASURE_HEADER: &str = "Kari-Measure";
 /// Who answered: `$upstream_addr;$upstream_header_time`.
 pub const ANSWERED_BY_HEADER: &str = "Kari-Answered-By";
 
+/// A status of nginx's own between the two locations of a route; no answer has it.
+const CLOSING_CODE: u16 = 590;
+
 /// Seconds after which a worker of before a reload closes what it still has, websockets and long
 /// downloads of all Deployments alike. Far above the limit of a drain, as a change of one Deployment
 /// must not cut the others' connections; not for ever, as each reload leaves a worker that costs memory.
@@ -42,6 +45,11 @@ const LARGEST_WORKER_COUNT: usize = 4;
 
 /// What the unit needs at run time; a reboot may lose it.
 pub const RUN_FOLDER: &str = "/run/kari/proxy";
+
+/// While this file is there, an answer is the last one of its connection. nginx closes idle connections at
+/// a reload, and a request that is on its way in that moment is lost with a reset; so connections in
+/// use are ended in an orderly way before.
+pub const CLOSING_FILE: &str = "/run/kari/proxy/closing";
 
 /// The files of the proxy's folder that are the same for every virtual host: name and content.
 pub fn render_files(settings: &ProxySettings, folder: &Path) -> Vec<(&'static str, String)> {
@@ -229,11 +237,26 @@ pub fn render_virtual_host(host: &VirtualHost, settings: &ProxySettings) -> Stri
         let location = match target {
             RouteTarget::Port { primary, backup } => {
                 text.push_str(&render_upstream(&upstream, *primary, *backup));
-                format!("        proxy_pass http://{upstream};\n")
+                format!(
+                    "    location / {{
+        if (-f {CLOSING_FILE}) {{
+            return {CLOSING_CODE};
+        }}
+        error_page {CLOSING_CODE} = @closing;
+        proxy_pass http://{upstream};
+    }}
+    location @closing {{
+        keepalive_timeout 0;
+        proxy_pass http://{upstream};
+    }}
+"
+                )
             }
-            RouteTarget::Unavailable => "        default_type text/plain;
+            RouteTarget::Unavailable => "    location / {
+        default_type text/plain;
         add_header Retry-After 5 always;
         return 503 \"this Deployment is not running on this node at the moment\\n\";
+    }
 "
             .to_owned(),
         };
@@ -241,9 +264,7 @@ pub fn render_virtual_host(host: &VirtualHost, settings: &ProxySettings) -> Stri
             "server {{
 {listen}    server_name {names};
     add_header {ANSWERED_BY_HEADER} $kari_answered_by always;
-{identity}    location / {{
-{location}    }}
-}}
+{identity}{location}}}
 "
         ));
     }

@@ -9,10 +9,11 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep, timeout_at};
+use tracing::warn;
 
 use super::answer::{came_from, names};
 use super::configuration::{
-    self, IDENTITY_PATH, MEASURE_HEADER, RUN_FOLDER, UNIT, render_unit, render_virtual_host, settings_digest,
+    self, CLOSING_FILE, IDENTITY_PATH, MEASURE_HEADER, RUN_FOLDER, UNIT, render_unit, render_virtual_host, settings_digest,
     virtual_host_file,
 };
 use super::{HostName, ProxySettings, Route, VirtualHost};
@@ -29,6 +30,10 @@ pub const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 
 /// From the call of a reload to its end: PID 1 may be deaf for half a second, nginx reads 500 files in 0.1 s.
 const RELOAD_LIMIT: Duration = Duration::from_secs(15);
+
+/// How long connections in use are ended in an orderly way before a reload closes the idle ones: one that
+/// had no request for as long hardly has one in the very moment.
+const CLOSING_TIME: Duration = Duration::from_secs(1);
 
 /// From nginx being told to reload to its new workers alone accepting connections; 0.1 s as a rule.
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
@@ -179,6 +184,10 @@ impl Proxy {
         if loaded.is_none_or(|state| state.active_state != ActiveState::Active) {
             self.start().await?;
         }
+        if let Ok(_idle) = self.inner.last.try_lock() {
+            // An agent that was killed in a reload left it.
+            Closing::end();
+        }
         if self.measure_settings().await.is_err() {
             self.reload().await?;
         }
@@ -233,10 +242,10 @@ impl Proxy {
         if before.as_deref() == Some(text.as_bytes()) && self.measure(host).await.is_ok() {
             return Ok(OldWorkers::default());
         }
-        replace(&path, text.as_bytes())?;
         if self.workers().await?.is_empty() {
             self.ensure().await?;
         }
+        replace(&path, text.as_bytes())?;
         let old = match self.reload_for(&path).await {
             Ok(old) => old,
             Err(error) => {
@@ -390,14 +399,24 @@ impl Proxy {
         let ticket = self.inner.asked.fetch_add(1, Ordering::SeqCst) + 1;
         let mut last = self.inner.last.lock().await;
         if last.served < ticket {
-            let served = self.inner.asked.load(Ordering::SeqCst);
-            let outcome = self.reload_now().await;
-            *last = LastReload { served, outcome };
+            *last = self.reload_now().await;
         }
         last.outcome.clone()
     }
 
-    async fn reload_now(&self) -> Result<OldWorkers, ProxyError> {
+    async fn reload_now(&self) -> LastReload {
+        let closing = Closing::begin();
+        sleep(CLOSING_TIME).await;
+        // Who asks from here on may have written a file after nginx has read it.
+        let served = self.inner.asked.load(Ordering::SeqCst);
+        let outcome = match closing {
+            Ok(_ended_when_settled) => self.reload_and_settle().await,
+            Err(error) => Err(error.into()),
+        };
+        LastReload { served, outcome }
+    }
+
+    async fn reload_and_settle(&self) -> Result<OldWorkers, ProxyError> {
         let before = self.workers().await?;
         match self.inner.systemd.reload_unit(UNIT, RELOAD_LIMIT).await {
             Ok(()) => {}
@@ -437,6 +456,29 @@ impl Proxy {
             Err(SystemdError::NoSuchUnit { .. }) => Ok(Vec::new()),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+/// Connections are ended in an orderly way for as long as this lives.
+struct Closing;
+
+impl Closing {
+    fn begin() -> Result<Self, StoreError> {
+        write_durably(Path::new(CLOSING_FILE), b"", 0o644)?;
+        Ok(Self)
+    }
+
+    fn end() {
+        // Left behind, it costs every request a connection until the next reload.
+        if let Err(error) = store::remove(Path::new(CLOSING_FILE)) {
+            warn!(%error, "the proxy's connections are not kept alive");
+        }
+    }
+}
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        Self::end();
     }
 }
 

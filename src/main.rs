@@ -25,7 +25,10 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
     if let Command::Crd = arguments.command {
         return print_definitions();
     }
-    let filter = std::env::var("RUST_LOG").unwrap_or(arguments.log_level);
+    let filter = std::env::var("RUST_LOG")
+        .ok()
+        .filter(|filter| !filter.is_empty())
+        .unwrap_or(arguments.log_level);
     telemetry::init(arguments.log_format, &filter)?;
     // TLS libraries choose a provider by what happens to be compiled in and
     // panic when that is ambiguous. An error means that one is installed.

@@ -1,6 +1,9 @@
 //! What the runtime does when the API server, or the way to it, fails: against
 //! a real API server, with faults put into the client.
 
+// A test's own functions unwrap as the tests do; clippy exempts only the tests.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 mod layer;
 
 use std::collections::BTreeMap;
@@ -15,13 +18,15 @@ use kari::runtime::lease;
 use kari::runtime::node_lease::{self, NodeLeaseMetrics};
 use kari::runtime::streams::{StreamMetrics, guarded};
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::DeserializeGuard;
 use kube::runtime::reflector::Store;
 use kube::runtime::watcher;
 use kube::{Api, Client, ResourceExt};
 use prometheus_client::registry::Registry;
 use serde_json::json;
-use tokio::sync::watch;
+use testbed::Testbed;
+use tokio::sync::{OnceCell, watch};
 use tokio_util::sync::CancellationToken;
 
 use layer::{Fault, Faults};
@@ -64,8 +69,20 @@ async fn ground(test: &str) -> Ground {
     }
 }
 
+/// One API server for all tests of this program; it ends with the process.
 async fn cluster() -> kube::Config {
-    client::infer().await.unwrap()
+    static TESTBED: OnceCell<Testbed> = OnceCell::const_new();
+    let options = testbed::Options {
+        kari: false,
+        ..testbed::Options::default()
+    };
+    let testbed = TESTBED
+        .get_or_init(async || Testbed::up(options).await.unwrap())
+        .await;
+    let kubeconfig = Kubeconfig::read_from(testbed.kubeconfig()).unwrap();
+    kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+        .await
+        .unwrap()
 }
 
 type Guard = DeserializeGuard<ConfigMap>;

@@ -520,7 +520,7 @@ async fn each_way_in_which_a_build_ends_is_told_from_the_others() {
     }
     let app = app("ends").await;
     let files = [("file", "")];
-    let run = |script: &str| serde_json::json!({"run": script, "timeoutSeconds": 2, "resources": {"limits": {"memory": "64Mi", "tasks": 64}}});
+    let run = |script: &str| serde_json::json!({"run": script, "timeoutSeconds": 60, "resources": {"limits": {"memory": "64Mi", "tasks": 64}}});
 
     let step = app.build(&files, None, run("echo no; exit 3")).await;
     let result = app.built(&step).await;
@@ -596,7 +596,7 @@ async fn each_way_in_which_a_build_ends_is_told_from_the_others() {
     app.forget_mirror();
 
     let step = app
-        .build(&files, None, run("head -c 268435456 /dev/zero | tail -n 1"))
+        .build(&files, None, run("head -c 134217728 /dev/zero | tail -n 1"))
         .await;
     let result = app.built(&step).await;
     // A part of it is killed, or all of it where systemd is told of it.
@@ -618,7 +618,13 @@ async fn each_way_in_which_a_build_ends_is_told_from_the_others() {
     app.systemd.stop_unit(&step.unit, LIMIT).await.unwrap();
     app.forget_mirror();
 
-    let step = app.build(&files, None, run("sleep 1000")).await;
+    let step = app
+        .build(
+            &files,
+            None,
+            serde_json::json!({"run": "sleep 1000", "timeoutSeconds": 1}),
+        )
+        .await;
     let result = app.built(&step).await;
     assert_eq!(result.result, "timeout");
     app.systemd.stop_unit(&step.unit, LIMIT).await.unwrap();

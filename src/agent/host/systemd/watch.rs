@@ -231,11 +231,19 @@ mod tests {
     #[test]
     fn marks_of_one_unit_are_one_event_and_other_peoples_units_are_none() {
         let mut marked = Marked::default();
-        for unit in ["kari.b.service", "sshd.service", "kari.a.service", "kari.b.service"] {
+        for unit in [
+            "kari.b.service",
+            "sshd.service",
+            "kari.a.service",
+            "kari.b.service",
+        ] {
             marked.mark(unit);
         }
         let unit = |name: &str| HostEvent::Unit(name.to_owned());
-        assert_eq!(taken(&mut marked), [unit("kari.a.service"), unit("kari.b.service")]);
+        assert_eq!(
+            taken(&mut marked),
+            [unit("kari.a.service"), unit("kari.b.service")]
+        );
         assert!(marked.is_empty());
     }
 
@@ -247,7 +255,10 @@ mod tests {
         marked.mark("kari.b.service");
         assert_eq!(taken(&mut marked), [HostEvent::Everything]);
         marked.mark("kari.c.service");
-        assert_eq!(taken(&mut marked), [HostEvent::Unit("kari.c.service".to_owned())]);
+        assert_eq!(
+            taken(&mut marked),
+            [HostEvent::Unit("kari.c.service".to_owned())]
+        );
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
+use super::host::proxy::{RouteTarget, VirtualHost};
 use super::host::records::{Outcome, RecordedFailure};
 use super::host::store::LOG_TAIL_BYTES;
 use super::plan::{Plan, Progress, committed, committed_virtual_host};
@@ -150,14 +151,25 @@ fn trouble(observed: &Observed) -> Option<RecordedFailure> {
         }
     }
     let is_switching = observed.attempt.as_ref().is_some_and(|attempt| attempt.outcome.is_none() && attempt.switching);
-    let in_force = observed.host.virtual_host.in_force.as_ref().map(|(host, _)| host);
-    if !is_switching && in_force != committed_virtual_host(observed).as_ref() {
+    let in_force = observed.host.virtual_host.in_force.as_ref().map(|(host, _)| without_backup(host));
+    if !is_switching && in_force != committed_virtual_host(observed) {
         if let Some(held_up) = &observed.held_up {
             return Some(held_up.failure.clone());
         }
         return trouble(Reason::ProxyUnavailable, "the proxy was not yet seen to serve the release".to_owned());
     }
     None
+}
+
+/// Until the old processes are drained the old port backs the new one up, which serves all the same.
+fn without_backup(host: &VirtualHost) -> VirtualHost {
+    let mut host = host.clone();
+    for route in &mut host.routes {
+        if let RouteTarget::Port { backup, .. } = &mut route.target {
+            *backup = None;
+        }
+    }
+    host
 }
 
 fn attempt(observed: &Observed, plan: &Plan, wanted: Option<ReleaseId>, phase: Phase) -> Option<AttemptStatus> {

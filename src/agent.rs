@@ -132,7 +132,8 @@ pub enum AgentError {
 /// What it cannot begin without: its disk (another agent may hold it), systemd, its port for health. An
 /// API that is away is none: the apps on the disk are kept without it.
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), AgentError> {
-    let lease = node_lease_name(&config.node_name).ok_or_else(|| AgentError::NodeName(config.node_name.to_string()))?;
+    let lease = node_lease_name(&config.node_name)
+        .ok_or_else(|| AgentError::NodeName(config.node_name.to_string()))?;
     let mut registry = Registry::default();
     let metrics = Arc::new(ReconcileMetrics::new(&mut registry));
     let stream_metrics = StreamMetrics::new(&mut registry);
@@ -142,19 +143,32 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     let liveness = Liveness::default();
     let readiness = Readiness::default();
     let host_ready = readiness.gate("host");
-    let endpoints = Endpoints { liveness: liveness.clone(), readiness, registry: Arc::new(registry) };
+    let endpoints = Endpoints {
+        liveness: liveness.clone(),
+        readiness,
+        registry: Arc::new(registry),
+    };
     let serving = tokio::spawn(endpoints.serve(config.listen, shutdown.clone()));
 
     let (apps, trigger) = Supervisor::new("apps", app_options(), Arc::clone(&metrics));
     let (statuses, reports) = Supervisor::new("statuses", Options::default(), metrics);
     let selector = format!("spec.nodeName={}", config.node_name);
     let api: Api<DeserializeGuard<Release>> = Api::all(client.clone());
-    let (releases, stream) = guarded(api, watcher::Config::default().fields(&selector), "releases", &stream_metrics);
+    let (releases, stream) = guarded(
+        api,
+        watcher::Config::default().fields(&selector),
+        "releases",
+        &stream_metrics,
+    );
 
     let (host, events) = prepare_host(&config, trigger.clone()).await?;
     let systemd_version = host.systemd.version().await?;
     let node = Arc::new(Node::new(
-        (config.node_name.clone(), config.tool_path.clone(), config.port_range.clone()),
+        (
+            config.node_name.clone(),
+            config.tool_path.clone(),
+            config.port_range.clone(),
+        ),
         (host.store, host.units, host.users),
         (host.systemd, host.proxy, host.mirrors),
         host.limits,
@@ -192,11 +206,14 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     node.wake_all();
     let reconciling = {
         let (for_apps, for_statuses) = (Arc::clone(&node), Arc::clone(&node));
-        let apps = apps.with_heartbeat(apps_heartbeat).run(shutdown.clone(), move |app: AppName| {
-            reconcile::reconcile(Arc::clone(&for_apps), reports.clone(), app)
+        let apps = apps
+            .with_heartbeat(apps_heartbeat)
+            .run(shutdown.clone(), move |app: AppName| {
+                reconcile::reconcile(Arc::clone(&for_apps), reports.clone(), app)
+            });
+        let statuses = statuses.run(shutdown.clone(), move |app: AppName| {
+            reconcile::write_report(Arc::clone(&for_statuses), app)
         });
-        let statuses = statuses
-            .run(shutdown.clone(), move |app: AppName| reconcile::write_report(Arc::clone(&for_statuses), app));
         async { tokio::join!(apps, statuses) }
     };
     let ended = ending::bounded(&shutdown, async {
@@ -222,7 +239,10 @@ fn app_options() -> Options {
     Options {
         concurrency: CONCURRENCY,
         timeout: RUN_LIMIT,
-        backoff: Backoff { initial: Duration::from_secs(1), max: Duration::from_secs(60) },
+        backoff: Backoff {
+            initial: Duration::from_secs(1),
+            max: Duration::from_secs(60),
+        },
         ..Options::default()
     }
 }
@@ -238,7 +258,10 @@ struct Host {
     limits: Limits,
 }
 
-async fn prepare_host(config: &Config, trigger: Trigger<AppName>) -> Result<(Host, mpsc::Receiver<HostEvent>), AgentError> {
+async fn prepare_host(
+    config: &Config,
+    trigger: Trigger<AppName>,
+) -> Result<(Host, mpsc::Receiver<HostEvent>), AgentError> {
     let store = Store::open(Path::new(STORE))?;
     let units = UnitFiles::new(Path::new(UNIT_FOLDER));
     let (systemd, events) = Systemd::connect(None).await?;
@@ -250,10 +273,19 @@ async fn prepare_host(config: &Config, trigger: Trigger<AppName>) -> Result<(Hos
     let users = Users::new(Path::new(users::FOLDER), config.uid_range.clone());
     let git = users.ensure_git(&store)?;
     let limits = prove_limits(&systemd, &git.name).await?;
-    let settings = ProxySettings::of_this_node(config.http_port, &config.tool_path).unwrap_or_else(|| {
-        warn!("nginx is not on this node, so nothing can be routed; searched: {}", config.tool_path);
-        ProxySettings { http_port: config.http_port, nginx: PathBuf::from("/usr/sbin/nginx"), ipv6: false, processors: 1 }
-    });
+    let settings =
+        ProxySettings::of_this_node(config.http_port, &config.tool_path).unwrap_or_else(|| {
+            warn!(
+                "nginx is not on this node, so nothing can be routed; searched: {}",
+                config.tool_path
+            );
+            ProxySettings {
+                http_port: config.http_port,
+                nginx: PathBuf::from("/usr/sbin/nginx"),
+                ipv6: false,
+                processors: 1,
+            }
+        });
     let proxy = Proxy::new(store.proxy(), units.clone(), systemd.clone(), settings);
     if let Err(error) = proxy.ensure().await {
         warn!("the proxy is not up: {}", error_chain(&error));
@@ -264,8 +296,21 @@ async fn prepare_host(config: &Config, trigger: Trigger<AppName>) -> Result<(Hos
         uid: git.uid,
         tool_path: config.tool_path.clone(),
     };
-    let mirrors = Mirrors::new(store.clone(), systemd.clone(), settings, move |app| trigger.wake(app.clone()));
-    Ok((Host { store, units, users, systemd, proxy, mirrors, limits }, events))
+    let mirrors = Mirrors::new(store.clone(), systemd.clone(), settings, move |app| {
+        trigger.wake(app.clone())
+    });
+    Ok((
+        Host {
+            store,
+            units,
+            users,
+            systemd,
+            proxy,
+            mirrors,
+            limits,
+        },
+        events,
+    ))
 }
 
 async fn prove_limits(systemd: &Systemd, user: &str) -> Result<Limits, SystemdError> {
@@ -288,7 +333,10 @@ fn held_apps(node: &Node) -> Vec<String> {
         return vec![];
     }
     let apps = node.store.apps().unwrap_or_default();
-    apps.into_iter().filter(|app| node.release(app).is_none()).map(|app| app.to_string()).collect()
+    apps.into_iter()
+        .filter(|app| node.release(app).is_none())
+        .map(|app| app.to_string())
+        .collect()
 }
 
 /// Whether a build of an app is killed, and why, for the next look at it.

@@ -5,9 +5,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use kari::api::names::NodeName;
-use kari::arguments::{AgentArguments, Arguments, Command};
+use kari::arguments::{AgentArguments, Arguments, Command, ControllerArguments};
 use kari::runtime::{client, error_chain, shutdown};
-use kari::{agent, api, telemetry};
+use kari::{agent, api, controller, telemetry};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -40,16 +40,32 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         let shutdown = shutdown::on_signals()?;
         match arguments.command {
             Command::Crd => Ok(()),
+            Command::Controller(arguments) => {
+                let client = client::infer().await?;
+                Ok(controller::run(controller_config(arguments, client), shutdown).await?)
+            }
             Command::Agent(arguments) => {
                 let client = client::infer().await?;
                 Ok(agent::run(agent_config(arguments, client), shutdown).await?)
             }
-            Command::Controller(_) => {
-                shutdown.cancel();
-                Err("this build has no controller".into())
-            }
         }
     })
+}
+
+fn controller_config(arguments: ControllerArguments, client: kube::Config) -> controller::Config {
+    let ControllerArguments {
+        namespace,
+        listen,
+        insecure_source_schemes,
+        source_slots,
+    } = arguments;
+    controller::Config {
+        client,
+        namespace,
+        listen,
+        insecure_source_schemes,
+        source_slots: source_slots.get().into(),
+    }
 }
 
 fn agent_config(arguments: AgentArguments, client: kube::Config) -> agent::Config {

@@ -70,7 +70,9 @@ pub enum StepError {
         searched: String,
     },
     /// A limit without which nothing is run.
-    #[error("systemd on this node does not enforce {limits}: nothing is built or run here before it does")]
+    #[error(
+        "systemd on this node does not enforce {limits}: nothing is built or run here before it does"
+    )]
     LimitsUnenforced {
         /// Which.
         limits: String,
@@ -98,12 +100,19 @@ impl StepError {
             | Self::LimitsUnenforced { .. }
             | Self::Outdated(_) => Reason::LimitsUnenforced,
         };
-        RecordedFailure { reason, message: error_chain(self), log_tail: None }
+        RecordedFailure {
+            reason,
+            message: error_chain(self),
+            log_tail: None,
+        }
     }
 
     /// Whether the wish itself is at fault: trying again changes nothing.
     fn is_final(&self) -> bool {
-        matches!(self.failure().reason.class(), Class::Revision | Class::Invalid)
+        matches!(
+            self.failure().reason.class(),
+            Class::Revision | Class::Invalid
+        )
     }
 }
 
@@ -128,11 +137,18 @@ pub async fn apply(node: &Arc<Node>, observed: &Observed, steps: &[Step]) -> Res
 }
 
 fn halt(node: &Node, observed: &Observed, step: &Step, error: StepError) -> Halt {
-    let attempt = observed.attempt.as_ref().filter(|attempt| attempt.outcome.is_none());
+    let attempt = observed
+        .attempt
+        .as_ref()
+        .filter(|attempt| attempt.outcome.is_none());
     if let Some(attempt) = attempt.filter(|_| error.is_final() && step.is_of_attempt()) {
         let failure = error.failure();
         let failed = AttemptRecord {
-            outcome: Some(Outcome::Failed { at: observed.wall, failure, undone: false }),
+            outcome: Some(Outcome::Failed {
+                at: observed.wall,
+                failure,
+                undone: false,
+            }),
             ..attempt.clone()
         };
         match node.store.app(&observed.app).write_attempt(&failed) {
@@ -220,7 +236,8 @@ impl Apply<'_> {
             }
             Step::WriteTarget { release_id, units } => {
                 let target = unit::target_name(app);
-                node.units.write(&target, &target_text(app, *release_id, units))?;
+                node.units
+                    .write(&target, &target_text(app, *release_id, units))?;
                 node.units.enable(&target)?;
             }
             Step::RemoveTarget => {
@@ -242,14 +259,21 @@ impl Apply<'_> {
                 lock(&node.claims).remove(app);
                 let mut memory = lock(&memory);
                 let (wish, written) = (std::mem::take(&mut memory.wish), memory.written.take());
-                *memory = super::memory::Memory { wish, written, ..Default::default() };
+                *memory = super::memory::Memory {
+                    wish,
+                    written,
+                    ..Default::default()
+                };
             }
         }
         Ok(())
     }
 
     fn attempt(&self) -> Result<&AttemptRecord, StepError> {
-        self.observed.attempt.as_ref().ok_or(StepError::Outdated("there is no attempt"))
+        self.observed
+            .attempt
+            .as_ref()
+            .ok_or(StepError::Outdated("there is no attempt"))
     }
 
     // ---- Build ------------------------------------------------------------
@@ -259,9 +283,15 @@ impl Apply<'_> {
         let commit = self.attempt()?.wish.commit.clone();
         self.require_tool("git")?;
         let Ok(url) = SourceUrl::parse(&source.url) else {
-            return Err(StepError::Outdated("the url was valid when the wish was read"));
+            return Err(StepError::Outdated(
+                "the url was valid when the wish was read",
+            ));
         };
-        let want = Want { source: url, reference: source.reference.clone(), commit };
+        let want = Want {
+            source: url,
+            reference: source.reference.clone(),
+            commit,
+        };
         let memory = self.node.memory(&self.observed.app);
         self.node.mirrors.want(&self.observed.app, want.clone());
         lock(&memory).want = Some(want);
@@ -270,13 +300,27 @@ impl Apply<'_> {
 
     fn require_tool(&self, program: &'static str) -> Result<(), StepError> {
         let searched = &self.node.tool_path;
-        let found = searched.split(':').any(|folder| std::path::Path::new(folder).join(program).is_file());
-        if found { Ok(()) } else { Err(StepError::ToolMissing { program, searched: searched.clone() }) }
+        let found = searched
+            .split(':')
+            .any(|folder| std::path::Path::new(folder).join(program).is_file());
+        if found {
+            Ok(())
+        } else {
+            Err(StepError::ToolMissing {
+                program,
+                searched: searched.clone(),
+            })
+        }
     }
 
     async fn start_build(&self, folder: &AppFolder) -> Result<(), StepError> {
         let node = self.node;
-        let AttemptRecord { wish, build_key, build_try, .. } = self.attempt()?;
+        let AttemptRecord {
+            wish,
+            build_key,
+            build_try,
+            ..
+        } = self.attempt()?;
         let missing: Vec<&str> = node
             .limits
             .by_name()
@@ -285,7 +329,9 @@ impl Apply<'_> {
             .map(|(name, _)| name)
             .collect();
         if !missing.is_empty() {
-            return Err(StepError::LimitsUnenforced { limits: missing.join(", ") });
+            return Err(StepError::LimitsUnenforced {
+                limits: missing.join(", "),
+            });
         }
         let Some(MirrorState::Ready { mirror }) = node.mirrors.state(&self.observed.app) else {
             return Err(StepError::Outdated("the mirror has the commit no more"));
@@ -293,7 +339,8 @@ impl Apply<'_> {
         let build = wish.template.build.as_ref();
         let users = self.users(folder).await?;
         let script = build.map(unit::build_script).transpose()?;
-        let stage = folder.create_stage(build_key, *build_try, users.build.uid, script.as_deref())?;
+        let stage =
+            folder.create_stage(build_key, *build_try, users.build.uid, script.as_deref())?;
         let env_file = match build {
             Some(build) => Some(folder.write_env(&unit::build_environment(build)?)?.1),
             None => None,
@@ -332,15 +379,25 @@ impl Apply<'_> {
         {
             let folder = self.node.store.app(&self.observed.app);
             // The tail is a help for people; the failure is told without it as well.
-            failure.log_tail = folder.log_tail(&attempt.wish.release_id, BUILD_STEP).ok().flatten();
+            failure.log_tail = folder
+                .log_tail(&attempt.wish.release_id, BUILD_STEP)
+                .ok()
+                .flatten();
         }
         failure
     }
 
     fn with_log(&self, record: &AttemptRecord) -> AttemptRecord {
         let mut record = record.clone();
-        let of_build = record.build_result.as_ref().is_some_and(|result| !result.is_success());
-        if let Some(Outcome::Failed { failure, undone: false, .. }) = &mut record.outcome
+        let of_build = record
+            .build_result
+            .as_ref()
+            .is_some_and(|result| !result.is_success());
+        if let Some(Outcome::Failed {
+            failure,
+            undone: false,
+            ..
+        }) = &mut record.outcome
             && of_build
         {
             *failure = self.explained(failure);
@@ -364,7 +421,10 @@ impl Apply<'_> {
         for process in &attempt.wish.template.processes {
             processes.push(self.choose_process(folder, attempt, process, &users, &mut held, keep)?);
         }
-        folder.write_attempt(&AttemptRecord { processes, ..attempt.clone() })?;
+        folder.write_attempt(&AttemptRecord {
+            processes,
+            ..attempt.clone()
+        })?;
         Ok(())
     }
 
@@ -378,7 +438,8 @@ impl Apply<'_> {
         keep: &BTreeSet<String>,
     ) -> Result<ProcessRecord, StepError> {
         let variables = unit::process_variables(&attempt.wish.template.env, process);
-        let (env_digest, env_file) = folder.write_env(&unit::process_environment(process, &variables)?)?;
+        let (env_digest, env_file) =
+            folder.write_env(&unit::process_environment(process, &variables)?)?;
         let state = match process.state_directory {
             true => Some(folder.create_state(&process.name, users.service.uid)?),
             false => None,
@@ -401,7 +462,10 @@ impl Apply<'_> {
             })
         };
         let applied = plan::committed(self.observed).and_then(|release| {
-            release.processes.iter().find(|old| old.name == process.name && keep.contains(&old.name))
+            release
+                .processes
+                .iter()
+                .find(|old| old.name == process.name && keep.contains(&old.name))
         });
         let wants_port = process.port.is_some();
         if let Some(applied) = applied.filter(|applied| applied.port.is_some() == wants_port)
@@ -417,8 +481,19 @@ impl Apply<'_> {
             }
             false => None,
         };
-        let ServiceUnit { name: unit, text, content } = render(port)?;
-        Ok(ProcessRecord { name: process.name.clone(), unit, text, content, port, env_digest })
+        let ServiceUnit {
+            name: unit,
+            text,
+            content,
+        } = render(port)?;
+        Ok(ProcessRecord {
+            name: process.name.clone(),
+            unit,
+            text,
+            content,
+            port,
+            env_digest,
+        })
     }
 
     /// The ports that any app of the node has on record.
@@ -428,23 +503,45 @@ impl Apply<'_> {
             let folder = self.node.store.app(&app);
             let applied = folder.read_applied()?.and_then(|applied| applied.release);
             let attempt = folder.read_attempt()?;
-            held.extend(applied.iter().flat_map(|release| &release.processes).filter_map(|process| process.port));
-            held.extend(attempt.iter().flat_map(|attempt| &attempt.processes).filter_map(|process| process.port));
+            held.extend(
+                applied
+                    .iter()
+                    .flat_map(|release| &release.processes)
+                    .filter_map(|process| process.port),
+            );
+            held.extend(
+                attempt
+                    .iter()
+                    .flat_map(|attempt| &attempt.processes)
+                    .filter_map(|process| process.port),
+            );
         }
         Ok(held)
     }
 
     /// Writes units, and puts back what they need besides: users and environment files.
-    async fn write_units(&self, folder: &AppFolder, records: &[ProcessRecord]) -> Result<(), StepError> {
+    async fn write_units(
+        &self,
+        folder: &AppFolder,
+        records: &[ProcessRecord],
+    ) -> Result<(), StepError> {
         self.users(folder).await?;
         let applied = plan::committed(self.observed).map(|release| &release.template);
-        let templates = self.observed.attempt.iter().map(|attempt| &attempt.wish.template).chain(applied);
+        let templates = self
+            .observed
+            .attempt
+            .iter()
+            .map(|attempt| &attempt.wish.template)
+            .chain(applied);
         for template in templates {
             for process in &template.processes {
                 let variables = unit::process_variables(&template.env, process);
                 let content = unit::process_environment(process, &variables)?;
                 let digest = super::host::records::EnvDigest::of(&content);
-                if records.iter().any(|record| record.name == process.name && record.env_digest == digest) {
+                if records
+                    .iter()
+                    .any(|record| record.name == process.name && record.env_digest == digest)
+                {
                     folder.write_env(&content)?;
                 }
             }
@@ -463,7 +560,11 @@ impl Apply<'_> {
             if !lock(&memory).stopping.insert(unit.clone()) {
                 continue;
             }
-            let (node, app, unit) = (Arc::clone(self.node), self.observed.app.clone(), unit.clone());
+            let (node, app, unit) = (
+                Arc::clone(self.node),
+                self.observed.app.clone(),
+                unit.clone(),
+            );
             let memory = Arc::clone(&memory);
             tokio::spawn(async move {
                 if let Err(error) = node.systemd.stop_unit(&unit, SERVICE_STOP_LIMIT).await {
@@ -487,7 +588,11 @@ impl Apply<'_> {
         let now = monotonic();
         let memory = self.node.memory(&self.observed.app);
         let mut memory = lock(&memory);
-        memory.in_force = host.map(|host| InForce { host, since: now, measured: now });
+        memory.in_force = host.map(|host| InForce {
+            host,
+            since: now,
+            measured: now,
+        });
         if !old.is_empty() {
             memory.begin_drain(old, now + DRAIN_LIMIT);
         }
@@ -547,7 +652,11 @@ impl Step {
     fn is_of_attempt(&self) -> bool {
         matches!(
             self,
-            Self::WantCommit | Self::StartBuild | Self::Seal | Self::ChooseProcesses { .. } | Self::StartUnits(_)
+            Self::WantCommit
+                | Self::StartBuild
+                | Self::Seal
+                | Self::ChooseProcesses { .. }
+                | Self::StartUnits(_)
         )
     }
 }

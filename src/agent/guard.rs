@@ -44,10 +44,17 @@ pub async fn keep_node(
                 message
             }
         };
-        let limits: Vec<String> =
-            node.limits.by_name().iter().map(|(name, proven)| format!("{name}={proven}")).collect();
+        let limits: Vec<String> = node
+            .limits
+            .by_name()
+            .iter()
+            .map(|(name, proven)| format!("{name}={proven}"))
+            .collect();
         let annotations = BTreeMap::from([
-            ("kari.dev/version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
+            (
+                "kari.dev/version".to_owned(),
+                env!("CARGO_PKG_VERSION").to_owned(),
+            ),
             ("kari.dev/systemd".to_owned(), systemd_version.clone()),
             ("kari.dev/proxy".to_owned(), proxy),
             ("kari.dev/limits".to_owned(), limits.join(",")),
@@ -86,26 +93,52 @@ pub async fn watch_builds(node: Arc<Node>) {
         for (app, release_id, state) in &builds {
             let bytes = node.store.app(app).log_bytes(release_id, BUILD_STEP);
             if bytes > LOG_LIMIT_BYTES {
-                let message = format!("the build wrote more than {} MiB of log: make it quieter", LOG_LIMIT_BYTES >> 20);
+                let message = format!(
+                    "the build wrote more than {} MiB of log: make it quieter",
+                    LOG_LIMIT_BYTES >> 20
+                );
                 kill(&node, app, &state.name, Reason::BuildFailed, message).await;
             }
         }
-        let shortage = node.store.disk().ok().and_then(|disk| disk.severe_shortage(&DiskReserve::DEFAULT));
+        let shortage = node
+            .store
+            .disk()
+            .ok()
+            .and_then(|disk| disk.severe_shortage(&DiskReserve::DEFAULT));
         if let (Some(message), Some((app, _, state))) = (shortage, builds.last()) {
-            kill(&node, app, &state.name, Reason::DiskPressure, format!("{message}; the build was stopped")).await;
+            kill(
+                &node,
+                app,
+                &state.name,
+                Reason::DiskPressure,
+                format!("{message}; the build was stopped"),
+            )
+            .await;
         }
-        tokio::time::sleep(if builds.is_empty() { IDLE_INTERVAL } else { DISK_INTERVAL }).await;
+        tokio::time::sleep(if builds.is_empty() {
+            IDLE_INTERVAL
+        } else {
+            DISK_INTERVAL
+        })
+        .await;
     }
 }
 
 /// The builds that run, the youngest last, as far as process ids tell.
 async fn running_builds(node: &Node) -> Vec<(AppName, ReleaseId, UnitState)> {
     let mut builds = vec![];
-    for listed in node.systemd.list_units(&["kari-build.*"]).await.unwrap_or_default() {
+    for listed in node
+        .systemd
+        .list_units(&["kari-build.*"])
+        .await
+        .unwrap_or_default()
+    {
         if listed.active_state != ActiveState::Activating {
             continue;
         }
-        if let Some(OwnUnit::Build { app, release_id, .. }) = unit::parse_unit_name(&listed.name)
+        if let Some(OwnUnit::Build {
+            app, release_id, ..
+        }) = unit::parse_unit_name(&listed.name)
             && let Ok(Some(state)) = node.systemd.get_unit_state(&listed.name).await
         {
             builds.push((app, release_id, state));
@@ -117,7 +150,16 @@ async fn running_builds(node: &Node) -> Vec<(AppName, ReleaseId, UnitState)> {
 
 async fn kill(node: &Node, app: &AppName, unit: &str, reason: Reason, message: String) {
     info!(%app, unit, "killing a build: {message}");
-    note_killed(node, app, unit, RecordedFailure { reason, message, log_tail: None });
+    note_killed(
+        node,
+        app,
+        unit,
+        RecordedFailure {
+            reason,
+            message,
+            log_tail: None,
+        },
+    );
     if let Err(error) = node.systemd.kill_unit(unit, SIGKILL).await {
         warn!(%app, unit, "cannot kill it: {}", error_chain(&error));
     }

@@ -54,7 +54,10 @@ impl Tracker {
     pub fn look(&mut self, process: &Process, state: &UnitState, now: Duration) {
         if self.invocation != state.invocation_id {
             self.invocation = state.invocation_id.clone();
-            self.readiness = process.readiness_probe.as_ref().map(|probe| Readiness::new(Timings::from(probe), now));
+            self.readiness = process
+                .readiness_probe
+                .as_ref()
+                .map(|probe| Readiness::new(Timings::from(probe), now));
             self.ready_since = None;
         }
     }
@@ -89,17 +92,29 @@ pub fn health(look: &Look<'_>, tracker: &mut Tracker) -> Health {
                 tracker.restarts_when_ready = Some(look.state.n_restarts);
             }
         }
-        Health::Waiting { .. } | Health::PortTaken { .. } | Health::Failed(_) => tracker.ready_since = None,
+        Health::Waiting { .. } | Health::PortTaken { .. } | Health::Failed(_) => {
+            tracker.ready_since = None
+        }
     }
     health
 }
 
 fn judge(look: &Look<'_>, tracker: &Tracker) -> Health {
-    let Look { process, state, port, uid, listeners, min_ready, now } = *look;
+    let Look {
+        process,
+        state,
+        port,
+        uid,
+        listeners,
+        min_ready,
+        now,
+    } = *look;
     if let Some(port) = port
         && let PortState::Foreign { uid, address } = port_state(listeners, port, uid)
     {
-        return Health::PortTaken { by: format!("a process of uid {uid} listens on {address}") };
+        return Health::PortTaken {
+            by: format!("a process of uid {uid} listens on {address}"),
+        };
     }
     match tracker.restarts_when_ready {
         // It never was ready: one end is enough.
@@ -119,11 +134,21 @@ fn judge(look: &Look<'_>, tracker: &Tracker) -> Health {
     }
     match state.active_state {
         ActiveState::Active | ActiveState::Reloading => {}
-        ActiveState::Activating if process.process_type == ProcessType::Notify && state.main_pid != 0 => {
-            return waiting(format!("process {} has not said READY=1 yet", process.name), None);
+        ActiveState::Activating
+            if process.process_type == ProcessType::Notify && state.main_pid != 0 =>
+        {
+            return waiting(
+                format!("process {} has not said READY=1 yet", process.name),
+                None,
+            );
         }
-        ActiveState::Activating => return waiting(format!("process {} is being started", process.name), None),
-        ActiveState::Inactive | ActiveState::Failed | ActiveState::Deactivating | ActiveState::Unknown => {
+        ActiveState::Activating => {
+            return waiting(format!("process {} is being started", process.name), None);
+        }
+        ActiveState::Inactive
+        | ActiveState::Failed
+        | ActiveState::Deactivating
+        | ActiveState::Unknown => {
             return waiting(format!("process {} is not running", process.name), None);
         }
     }
@@ -131,7 +156,10 @@ fn judge(look: &Look<'_>, tracker: &Tracker) -> Health {
     match (port, &tracker.readiness) {
         (Some(port), readiness) => match port_state(listeners, port, uid) {
             PortState::Unreachable { address } if now >= active_since + ADDRESS_GRACE => {
-                Health::Failed(failure(Reason::ProbeFailed, unreachable_message(&process.name, address)))
+                Health::Failed(failure(
+                    Reason::ProbeFailed,
+                    unreachable_message(&process.name, address),
+                ))
             }
             PortState::Unreachable { .. } => waiting(
                 format!("process {} does not listen on 127.0.0.1 yet", process.name),
@@ -139,18 +167,22 @@ fn judge(look: &Look<'_>, tracker: &Tracker) -> Health {
             ),
             PortState::Owned => match readiness {
                 Some(readiness) => probed(process, readiness, tracker, now),
-                None => Health::Ready { since: tracker.ready_since.unwrap_or(now) },
+                None => Health::Ready {
+                    since: tracker.ready_since.unwrap_or(now),
+                },
             },
             PortState::Silent | PortState::Foreign { .. } => match readiness {
                 Some(readiness) if matches!(readiness.verdict(), Verdict::Failed(_)) => {
                     probed(process, readiness, tracker, now)
                 }
-                None if now >= active_since + LISTEN_LIMIT => Health::Failed(failure(
-                    Reason::ProbeFailed,
-                    not_listening(process, port),
-                )),
+                None if now >= active_since + LISTEN_LIMIT => {
+                    Health::Failed(failure(Reason::ProbeFailed, not_listening(process, port)))
+                }
                 Some(_) | None => waiting(
-                    format!("process {} does not listen on port {port} yet", process.name),
+                    format!(
+                        "process {} does not listen on port {port} yet",
+                        process.name
+                    ),
                     Some(now + LOOK_INTERVAL),
                 ),
             },
@@ -158,9 +190,18 @@ fn judge(look: &Look<'_>, tracker: &Tracker) -> Health {
         (None, _) => {
             let up = active_since + min_ready.max(SHORTEST_LIFE);
             if now >= up {
-                Health::Ready { since: active_since }
+                Health::Ready {
+                    since: active_since,
+                }
             } else {
-                waiting(format!("process {} is to stay up for {} s", process.name, min_ready.as_secs()), Some(up))
+                waiting(
+                    format!(
+                        "process {} is to stay up for {} s",
+                        process.name,
+                        min_ready.as_secs()
+                    ),
+                    Some(up),
+                )
             }
         }
     }
@@ -168,7 +209,9 @@ fn judge(look: &Look<'_>, tracker: &Tracker) -> Health {
 
 fn probed(process: &Process, readiness: &Readiness, tracker: &Tracker, now: Duration) -> Health {
     match readiness.verdict() {
-        Verdict::Ready => Health::Ready { since: tracker.ready_since.unwrap_or(now) },
+        Verdict::Ready => Health::Ready {
+            since: tracker.ready_since.unwrap_or(now),
+        },
         Verdict::Failed(error) => Health::Failed(failure(
             Reason::ProbeFailed,
             format!("process {} is not ready: {error}", process.name),
@@ -194,24 +237,43 @@ fn not_listening(process: &Process, port: u16) -> String {
 
 /// Whether it has ended at least once since it was started.
 fn ended(state: &UnitState) -> bool {
-    state.n_restarts > 0 || state.active_state == ActiveState::Failed || state.sub_state == "auto-restart"
+    state.n_restarts > 0
+        || state.active_state == ActiveState::Failed
+        || state.sub_state == "auto-restart"
 }
 
 fn start_failure(process: &Process, state: &UnitState) -> RecordedFailure {
     let program = process.command.first().map_or("", String::as_str);
     let name = &process.name;
-    match (state.result.as_str(), state.exec_main_code, state.exec_main_status) {
+    match (
+        state.result.as_str(),
+        state.exec_main_code,
+        state.exec_main_status,
+    ) {
         ("oom-kill", _, _) => failure(
             Reason::ExceededMemory,
-            format!("process {name} was killed for its memory while it started: raise resources.limits.memory"),
+            format!(
+                "process {name} was killed for its memory while it started: raise resources.limits.memory"
+            ),
         ),
-        (_, 1, 127) => failure(Reason::StartFailed, format!("process {name}: command not found: {program}")),
-        (_, 1, 126) => failure(Reason::StartFailed, format!("process {name}: {program} cannot be executed")),
+        (_, 1, 127) => failure(
+            Reason::StartFailed,
+            format!("process {name}: command not found: {program}"),
+        ),
+        (_, 1, 126) => failure(
+            Reason::StartFailed,
+            format!("process {name}: {program} cannot be executed"),
+        ),
         ("timeout", _, _) => failure(
             Reason::StartFailed,
-            format!("process {name} did not say READY=1 in time: call sd_notify, or use type Simple"),
+            format!(
+                "process {name} did not say READY=1 in time: call sd_notify, or use type Simple"
+            ),
         ),
-        _ => failure(Reason::StartFailed, format!("process {name} {} before it was ready", end_of(state))),
+        _ => failure(
+            Reason::StartFailed,
+            format!("process {name} {} before it was ready", end_of(state)),
+        ),
     }
 }
 
@@ -230,7 +292,11 @@ fn waiting(what: String, until: Option<Duration>) -> Health {
 }
 
 fn failure(reason: Reason, message: String) -> RecordedFailure {
-    RecordedFailure { reason, message, log_tail: None }
+    RecordedFailure {
+        reason,
+        message,
+        log_tail: None,
+    }
 }
 
 #[cfg(test)]
@@ -269,7 +335,11 @@ mod tests {
     }
 
     fn listener(address: &str, uid: u32) -> Listener {
-        Listener { address: address.parse().unwrap(), uid, inode: 1 }
+        Listener {
+            address: address.parse().unwrap(),
+            uid,
+            inode: 1,
+        }
     }
 
     struct Case<'a> {
@@ -303,41 +373,98 @@ mod tests {
     #[test]
     fn a_process_with_neither_probe_nor_port_is_ready_when_it_stayed_up() {
         let process = process(serde_json::json!({}));
-        let mut case = Case { process: &process, state: running(), listeners: vec![], now: 12 };
+        let mut case = Case {
+            process: &process,
+            state: running(),
+            listeners: vec![],
+            now: 12,
+        };
         let mut tracker = Tracker::default();
-        assert!(matches!(judged(&case, &mut tracker), Health::Waiting { until: Some(u), .. } if u == Duration::from_secs(15)));
+        assert!(
+            matches!(judged(&case, &mut tracker), Health::Waiting { until: Some(u), .. } if u == Duration::from_secs(15))
+        );
         case.now = 15;
-        assert_eq!(judged(&case, &mut tracker), Health::Ready { since: Duration::from_secs(10) });
+        assert_eq!(
+            judged(&case, &mut tracker),
+            Health::Ready {
+                since: Duration::from_secs(10)
+            }
+        );
     }
 
     #[test]
     fn a_port_is_ready_when_the_app_alone_listens_on_it() {
         let process = process(serde_json::json!({"port": {"env": "PORT"}}));
-        let mut case = Case { process: &process, state: running(), listeners: vec![], now: 12 };
+        let mut case = Case {
+            process: &process,
+            state: running(),
+            listeners: vec![],
+            now: 12,
+        };
         let mut tracker = Tracker::default();
-        assert!(matches!(judged(&case, &mut tracker), Health::Waiting { .. }));
+        assert!(matches!(
+            judged(&case, &mut tracker),
+            Health::Waiting { .. }
+        ));
         case.listeners = vec![listener("127.0.0.1:20001", 50001)];
-        assert_eq!(judged(&case, &mut tracker), Health::Ready { since: Duration::from_secs(12) });
+        assert_eq!(
+            judged(&case, &mut tracker),
+            Health::Ready {
+                since: Duration::from_secs(12)
+            }
+        );
         case.now = 20;
-        assert_eq!(judged(&case, &mut tracker), Health::Ready { since: Duration::from_secs(12) });
+        assert_eq!(
+            judged(&case, &mut tracker),
+            Health::Ready {
+                since: Duration::from_secs(12)
+            }
+        );
         case.listeners.push(listener("0.0.0.0:20001", 0));
-        assert!(matches!(judged(&case, &mut tracker), Health::PortTaken { .. }));
+        assert!(matches!(
+            judged(&case, &mut tracker),
+            Health::PortTaken { .. }
+        ));
         case.listeners = vec![listener("[::1]:20001", 50001)];
         let health = judged(&case, &mut tracker);
-        assert!(matches!(reason(&health), Some((Reason::ProbeFailed, m)) if m.contains("[::1]:20001")), "{health:?}");
+        assert!(
+            matches!(reason(&health), Some((Reason::ProbeFailed, m)) if m.contains("[::1]:20001")),
+            "{health:?}"
+        );
         case.listeners.clear();
         case.now = 71;
         let health = judged(&case, &mut tracker);
-        assert!(matches!(reason(&health), Some((Reason::ProbeFailed, m)) if m.contains("$PORT")), "{health:?}");
+        assert!(
+            matches!(reason(&health), Some((Reason::ProbeFailed, m)) if m.contains("$PORT")),
+            "{health:?}"
+        );
     }
 
     #[test]
     fn how_a_process_ended_before_it_was_ready_is_told() {
         let process = process(serde_json::json!({"port": {"env": "PORT"}}));
         for (result, code, status, expected, part) in [
-            ("exit-code", 1, 127, Reason::StartFailed, "command not found: serve"),
-            ("exit-code", 1, 126, Reason::StartFailed, "cannot be executed"),
-            ("exit-code", 1, 3, Reason::StartFailed, "ended with exit 3 before it was ready"),
+            (
+                "exit-code",
+                1,
+                127,
+                Reason::StartFailed,
+                "command not found: serve",
+            ),
+            (
+                "exit-code",
+                1,
+                126,
+                Reason::StartFailed,
+                "cannot be executed",
+            ),
+            (
+                "exit-code",
+                1,
+                3,
+                Reason::StartFailed,
+                "ended with exit 3 before it was ready",
+            ),
             ("signal", 2, 11, Reason::StartFailed, "signal 11"),
             ("oom-kill", 2, 9, Reason::ExceededMemory, "memory"),
             ("timeout", 2, 15, Reason::StartFailed, "READY=1"),
@@ -350,9 +477,17 @@ mod tests {
                 exec_main_status: status,
                 ..running()
             };
-            let case = Case { process: &process, state, listeners: vec![], now: 12 };
+            let case = Case {
+                process: &process,
+                state,
+                listeners: vec![],
+                now: 12,
+            };
             let health = judged(&case, &mut Tracker::default());
-            assert!(matches!(reason(&health), Some((r, m)) if r == expected && m.contains(part)), "{health:?}");
+            assert!(
+                matches!(reason(&health), Some((r, m)) if r == expected && m.contains(part)),
+                "{health:?}"
+            );
         }
     }
 
@@ -360,16 +495,37 @@ mod tests {
     fn a_restart_after_it_was_ready_begins_anew_and_the_third_is_a_crash_loop() {
         let process = process(serde_json::json!({"port": {"env": "PORT"}}));
         let listeners = vec![listener("0.0.0.0:20001", 50001)];
-        let mut case = Case { process: &process, state: running(), listeners, now: 12 };
+        let mut case = Case {
+            process: &process,
+            state: running(),
+            listeners,
+            now: 12,
+        };
         let mut tracker = Tracker::default();
         judged(&case, &mut tracker);
         for restarts in 1..=2 {
-            case.state = UnitState { n_restarts: restarts, invocation_id: format!("b{restarts}"), ..running() };
+            case.state = UnitState {
+                n_restarts: restarts,
+                invocation_id: format!("b{restarts}"),
+                ..running()
+            };
             case.now += 10;
-            assert_eq!(judged(&case, &mut tracker), Health::Ready { since: Duration::from_secs(case.now) });
+            assert_eq!(
+                judged(&case, &mut tracker),
+                Health::Ready {
+                    since: Duration::from_secs(case.now)
+                }
+            );
         }
-        case.state = UnitState { n_restarts: 3, invocation_id: "b3".into(), ..running() };
+        case.state = UnitState {
+            n_restarts: 3,
+            invocation_id: "b3".into(),
+            ..running()
+        };
         let health = judged(&case, &mut tracker);
-        assert!(matches!(reason(&health), Some((Reason::CrashLooping, _))), "{health:?}");
+        assert!(
+            matches!(reason(&health), Some((Reason::CrashLooping, _))),
+            "{health:?}"
+        );
     }
 }

@@ -13,7 +13,10 @@ use crate::api::ReleaseStatus;
 use crate::runtime::supervise::Backoff;
 
 /// Between two tries of what the surroundings let fail (the contract: 5 s to 10 min).
-const BACKOFF: Backoff = Backoff { initial: Duration::from_secs(10), max: Duration::from_secs(600) };
+const BACKOFF: Backoff = Backoff {
+    initial: Duration::from_secs(10),
+    max: Duration::from_secs(600),
+};
 
 /// What is remembered of one app.
 #[derive(Debug, Default)]
@@ -79,7 +82,10 @@ impl Memory {
     /// Something of the surroundings failed: tried again later, and later each time.
     pub fn hold_up(&mut self, failure: RecordedFailure, now: Duration, jitter: f64) {
         self.failures = self.failures.saturating_add(1);
-        self.held_up = Some(HeldUp { failure, until: now + BACKOFF.delay(self.failures, jitter) });
+        self.held_up = Some(HeldUp {
+            failure,
+            until: now + BACKOFF.delay(self.failures, jitter),
+        });
     }
 
     /// Something that could have failed did not.
@@ -90,7 +96,10 @@ impl Memory {
 
     /// Requests of before a change of the virtual host may be under way in `workers`.
     pub fn begin_drain(&mut self, workers: OldWorkers, until: Duration) {
-        let drain = self.drain.get_or_insert_with(|| Drain { workers: OldWorkers::default(), until });
+        let drain = self.drain.get_or_insert_with(|| Drain {
+            workers: OldWorkers::default(),
+            until,
+        });
         if !workers.is_empty() {
             drain.workers.pids.extend(workers.pids);
             drain.until = until;

@@ -69,7 +69,10 @@ pub struct Node {
 
 impl Node {
     /// A node, with nothing remembered.
-    #[allow(clippy::too_many_arguments, reason = "made in one place, of parts that are made there")]
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "made in one place, of parts that are made there"
+    )]
     pub fn new(
         (name, tool_path, ports): (NodeName, String, RangeInclusive<u16>),
         (store, units, users): (Store, UnitFiles, Users),
@@ -117,8 +120,13 @@ impl Node {
     /// The Release of an app, if the API has one.
     pub fn release(&self, app: &AppName) -> Option<Arc<DeserializeGuard<Release>>> {
         let name = release_name(app.name(), &self.name);
-        let release = self.releases.get(&ObjectRef::new(&name).within(app.namespace()))?;
-        let is_ours = release.0.as_ref().map_or(true, |release| release.spec.node_name == self.name.as_str());
+        let release = self
+            .releases
+            .get(&ObjectRef::new(&name).within(app.namespace()))?;
+        let is_ours = release
+            .0
+            .as_ref()
+            .map_or(true, |release| release.spec.node_name == self.name.as_str());
         is_ours.then_some(release)
     }
 
@@ -135,7 +143,12 @@ impl Node {
     pub fn apps(&self) -> BTreeSet<AppName> {
         let mut apps: BTreeSet<AppName> = lock(&self.memories).keys().cloned().collect();
         apps.extend(self.store.apps().unwrap_or_default());
-        apps.extend(self.releases.state().iter().filter_map(|release| super::wanted::app_of(release, &self.name)));
+        apps.extend(
+            self.releases
+                .state()
+                .iter()
+                .filter_map(|release| super::wanted::app_of(release, &self.name)),
+        );
         apps
     }
 
@@ -169,7 +182,10 @@ impl Node {
         let mut claims = lock(&self.claims);
         let taken = |others: &BTreeMap<AppName, Vec<HostName>>| -> Vec<(String, AppName)> {
             let conflicts = super::host::proxy::route_conflicts(app, hosts, others);
-            conflicts.into_iter().map(|(host, other)| (host.to_string(), other.clone())).collect()
+            conflicts
+                .into_iter()
+                .map(|(host, other)| (host.to_string(), other.clone()))
+                .collect()
         };
         let mut conflicts = taken(served);
         conflicts.extend(taken(&claims));
@@ -181,7 +197,10 @@ impl Node {
 
     /// The file of an app's virtual host.
     pub fn virtual_host_file(&self, app: &AppName) -> PathBuf {
-        self.store.proxy().join("vhosts").join(format!("{app}.conf"))
+        self.store
+            .proxy()
+            .join("vhosts")
+            .join(format!("{app}.conf"))
     }
 }
 
@@ -193,5 +212,8 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// CLOCK_MONOTONIC, which systemd's times are in too.
 pub fn monotonic() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+    Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    )
 }

@@ -19,8 +19,8 @@ use super::host::unit::{self, OwnUnit};
 use super::memory::{InForce, Memory};
 use super::node::{Node, lock, monotonic};
 use super::view::{
-    Activity, BuildView, DrainView, FileView, Health, HostView, Observed, ServiceView, SlotView, SourceView, TargetView,
-    VirtualHostView, Wanted,
+    Activity, BuildView, DrainView, FileView, Health, HostView, Observed, ServiceView, SlotView,
+    SourceView, TargetView, VirtualHostView, Wanted,
 };
 use crate::api::deployment::Process;
 use crate::api::names::{AppName, ReleaseId};
@@ -80,7 +80,10 @@ pub async fn observe(node: &Arc<Node>, app: &AppName) -> Result<Observed, Observ
     let drain = drain(node, &memory, now).await;
     let (in_force, held_up) = {
         let memory = lock(&memory);
-        (memory.in_force.as_ref().map(|f| (f.host.clone(), f.since)), memory.held_up.clone())
+        (
+            memory.in_force.as_ref().map(|f| (f.host.clone(), f.since)),
+            memory.held_up.clone(),
+        )
     };
     let host = HostView {
         services,
@@ -89,10 +92,18 @@ pub async fn observe(node: &Arc<Node>, app: &AppName) -> Result<Observed, Observ
         target_active,
         enabled: node.units.is_enabled(&target)?,
         trees: trees(&folder, attempt.as_ref()),
-        stage: attempt.as_ref().is_some_and(|attempt| folder.stage(&attempt.build_key, attempt.build_try).path.is_dir()),
+        stage: attempt.as_ref().is_some_and(|attempt| {
+            folder
+                .stage(&attempt.build_key, attempt.build_try)
+                .path
+                .is_dir()
+        }),
         source,
         slot,
-        virtual_host: VirtualHostView { file: node.virtual_host_file(app).exists(), in_force },
+        virtual_host: VirtualHostView {
+            file: node.virtual_host_file(app).exists(),
+            in_force,
+        },
         drain,
         conflicts,
         disk_pressure: match needs_tree {
@@ -101,7 +112,16 @@ pub async fn observe(node: &Arc<Node>, app: &AppName) -> Result<Observed, Observ
         },
         has_files: folder.path().exists(),
     };
-    Ok(Observed { app: app.clone(), now, wall: Timestamp::now(), wanted, attempt, applied, host, held_up })
+    Ok(Observed {
+        app: app.clone(),
+        now,
+        wall: Timestamp::now(),
+        wanted,
+        attempt,
+        applied,
+        host,
+        held_up,
+    })
 }
 
 /// The wish in short, so that another one is told from the same.
@@ -109,24 +129,43 @@ fn wish_key(wanted: &Wanted) -> String {
     match wanted {
         Wanted::Unknown | Wanted::Absent => String::new(),
         Wanted::Release(wish) => format!("{}/{}", wish.release_id, wish.generation),
-        Wanted::Invalid { release_id, failure } => format!("{release_id} {}", failure.message),
+        Wanted::Invalid {
+            release_id,
+            failure,
+        } => format!("{release_id} {}", failure.message),
         Wanted::Removal { .. } => "removal".to_owned(),
     }
 }
 
-fn trees(folder: &AppFolder, attempt: Option<&AttemptRecord>) -> BTreeSet<super::host::records::BuildKey> {
-    attempt.iter().map(|attempt| attempt.build_key.clone()).filter(|key| folder.has_build(key)).collect()
+fn trees(
+    folder: &AppFolder,
+    attempt: Option<&AttemptRecord>,
+) -> BTreeSet<super::host::records::BuildKey> {
+    attempt
+        .iter()
+        .map(|attempt| attempt.build_key.clone())
+        .filter(|key| folder.has_build(key))
+        .collect()
 }
 
 fn hosts_of(attempt: &AttemptRecord) -> Vec<HostName> {
     let processes = &attempt.wish.template.processes;
-    let routes = processes.iter().filter_map(|process| process.route.as_ref());
-    routes.flat_map(|route| &route.hosts).filter_map(|host| HostName::parse(host).ok()).collect()
+    let routes = processes
+        .iter()
+        .filter_map(|process| process.route.as_ref());
+    routes
+        .flat_map(|route| &route.hosts)
+        .filter_map(|host| HostName::parse(host).ok())
+        .collect()
 }
 
 /// What is in force is measured again every now and then; what is not found so is not known.
 async fn keep_measuring(node: &Node, memory: &Mutex<Memory>, now: Duration) {
-    let due = lock(memory).in_force.as_ref().filter(|f| now >= f.measured + KEEP_INTERVAL).map(|f| f.host.clone());
+    let due = lock(memory)
+        .in_force
+        .as_ref()
+        .filter(|f| now >= f.measured + KEEP_INTERVAL)
+        .map(|f| f.host.clone());
     let Some(host) = due else { return };
     let measured = node.proxy.measure(&host).await;
     let mut memory = lock(memory);
@@ -141,7 +180,9 @@ async fn keep_measuring(node: &Node, memory: &Mutex<Memory>, now: Duration) {
 }
 
 async fn drain(node: &Node, memory: &Mutex<Memory>, now: Duration) -> DrainView {
-    let Some(drain) = lock(memory).drain.clone() else { return DrainView::Unknown };
+    let Some(drain) = lock(memory).drain.clone() else {
+        return DrainView::Unknown;
+    };
     if now >= drain.until || drain.workers.is_empty() {
         return DrainView::Over;
     }
@@ -151,7 +192,9 @@ async fn drain(node: &Node, memory: &Mutex<Memory>, now: Duration) -> DrainView 
             if let Some(drain) = &mut lock(memory).drain {
                 drain.workers = left;
             }
-            DrainView::Going { until: (now + DRAIN_LOOK).min(drain.until) }
+            DrainView::Going {
+                until: (now + DRAIN_LOOK).min(drain.until),
+            }
         }
         // A proxy that cannot be asked is bounded by the limit alone.
         Err(_) => DrainView::Going { until: drain.until },
@@ -163,20 +206,32 @@ const DRAIN_LOOK: Duration = Duration::from_millis(500);
 
 // ---- Builds ---------------------------------------------------------------
 
-async fn builds(node: &Node, app: &AppName, memory: &Mutex<Memory>) -> Result<BTreeMap<String, BuildView>, ObserveError> {
+async fn builds(
+    node: &Node,
+    app: &AppName,
+    memory: &Mutex<Memory>,
+) -> Result<BTreeMap<String, BuildView>, ObserveError> {
     let [_, pattern] = unit::app_patterns(app);
     let mut builds = BTreeMap::new();
     for listed in node.systemd.list_units(&[&pattern]).await? {
-        if !matches!(unit::parse_unit_name(&listed.name), Some(OwnUnit::Build { .. })) {
+        if !matches!(
+            unit::parse_unit_name(&listed.name),
+            Some(OwnUnit::Build { .. })
+        ) {
             continue;
         }
-        let Some(state) = node.systemd.get_unit_state(&listed.name).await? else { continue };
+        let Some(state) = node.systemd.get_unit_state(&listed.name).await? else {
+            continue;
+        };
         let view = match state.active_state {
             ActiveState::Activating | ActiveState::Reloading => BuildView::Running,
             // Queued, and not begun: the result is the last one's, which there is none of.
             ActiveState::Inactive if state.has_job => BuildView::Running,
             ActiveState::Active | ActiveState::Failed => {
-                let killed = lock(memory).killed.clone().filter(|(unit, _)| *unit == listed.name);
+                let killed = lock(memory)
+                    .killed
+                    .clone()
+                    .filter(|(unit, _)| *unit == listed.name);
                 match killed {
                     Some((_, failure)) => BuildView::Killed(failure),
                     None => BuildView::Ended(state.step_result()),
@@ -190,7 +245,12 @@ async fn builds(node: &Node, app: &AppName, memory: &Mutex<Memory>) -> Result<BT
     Ok(builds)
 }
 
-fn source(node: &Node, app: &AppName, memory: &Mutex<Memory>, attempt: Option<&AttemptRecord>) -> Option<SourceView> {
+fn source(
+    node: &Node,
+    app: &AppName,
+    memory: &Mutex<Memory>,
+    attempt: Option<&AttemptRecord>,
+) -> Option<SourceView> {
     let want = lock(memory).want.clone();
     let Some(attempt) = attempt else {
         if want.is_some() {
@@ -208,9 +268,15 @@ fn source(node: &Node, app: &AppName, memory: &Mutex<Memory>, attempt: Option<&A
     let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
     Some(match node.mirrors.state(app)? {
         MirrorState::Ready { mirror: _ } => SourceView::Ready,
-        MirrorState::Queued { position, of } => SourceView::Queued { position: number(position), of: number(of) },
+        MirrorState::Queued { position, of } => SourceView::Queued {
+            position: number(position),
+            of: number(of),
+        },
         MirrorState::Fetching => SourceView::Fetching,
-        MirrorState::Failed { failure, retry_in: _ } => SourceView::Failed(RecordedFailure {
+        MirrorState::Failed {
+            failure,
+            retry_in: _,
+        } => SourceView::Failed(RecordedFailure {
             reason: failure.reason,
             message: failure.message,
             log_tail: None,
@@ -240,7 +306,13 @@ async fn slot(
         .filter(|listed| listed.active_state != ActiveState::Inactive)
         .filter_map(|listed| match unit::parse_unit_name(&listed.name) {
             Some(OwnUnit::Build { app, .. }) => Some(app),
-            Some(OwnUnit::Target(_) | OwnUnit::Service { .. } | OwnUnit::Fetch { .. } | OwnUnit::Agent) | None => None,
+            Some(
+                OwnUnit::Target(_)
+                | OwnUnit::Service { .. }
+                | OwnUnit::Fetch { .. }
+                | OwnUnit::Agent,
+            )
+            | None => None,
         })
         .collect();
     Ok(lock(&node.slots).ask(app, &running))
@@ -253,7 +325,10 @@ const RELEASE_LINE: &str = "# Release: ";
 
 /// A target's text with the release that it is.
 pub fn target_text(app: &AppName, release_id: ReleaseId, units: &[String]) -> String {
-    format!("{}{RELEASE_LINE}{release_id}\n", unit::target_text(app, units))
+    format!(
+        "{}{RELEASE_LINE}{release_id}\n",
+        unit::target_text(app, units)
+    )
 }
 
 fn target_view(text: &str) -> TargetView {
@@ -262,7 +337,10 @@ fn target_view(text: &str) -> TargetView {
         .find_map(|line| line.strip_prefix(RELEASE_LINE))
         .and_then(|id| uuid::Uuid::try_parse(id.trim()).ok())
         .map(ReleaseId);
-    TargetView { release_id, units: unit::target_units(text) }
+    TargetView {
+        release_id,
+        units: unit::target_units(text),
+    }
 }
 
 async fn services(
@@ -275,16 +353,34 @@ async fn services(
     let applied = applied.and_then(|applied| applied.release.as_ref());
     let is_own = |name: &str| matches!(unit::parse_unit_name(name), Some(OwnUnit::Service { app: of, .. }) if of == *app);
     let [pattern, _] = unit::app_patterns(app);
-    let mut names: BTreeSet<String> = node.systemd.list_units(&[&pattern]).await?.into_iter().map(|u| u.name).collect();
+    let mut names: BTreeSet<String> = node
+        .systemd
+        .list_units(&[&pattern])
+        .await?
+        .into_iter()
+        .map(|u| u.name)
+        .collect();
     names.extend(node.units.list()?);
     names.retain(|name| is_own(name));
 
     // What each unit is of: the attempt's first, whose spec is the newer.
-    let tried = attempt.iter().flat_map(|a| a.processes.iter().map(|record| (record, &a.wish.template, false)));
-    let committed = applied.iter().flat_map(|a| a.processes.iter().map(|record| (record, &a.template, true)));
+    let tried = attempt.iter().flat_map(|a| {
+        a.processes
+            .iter()
+            .map(|record| (record, &a.wish.template, false))
+    });
+    let committed = applied
+        .iter()
+        .flat_map(|a| a.processes.iter().map(|record| (record, &a.template, true)));
     let mut records: BTreeMap<&str, (&ProcessRecord, &Process, Duration, bool)> = BTreeMap::new();
     for (record, template, is_committed) in tried.chain(committed) {
-        let Some(process) = template.processes.iter().find(|process| process.name == record.name) else { continue };
+        let Some(process) = template
+            .processes
+            .iter()
+            .find(|process| process.name == record.name)
+        else {
+            continue;
+        };
         let min_ready = Duration::from_secs(u64::from(template.min_ready_seconds));
         records
             .entry(&record.unit)
@@ -292,8 +388,16 @@ async fn services(
             .or_insert((record, process, min_ready, is_committed));
     }
 
-    let uid = node.store.app(app).read_users()?.map(|users| users.service_uid);
-    let listeners = if records.values().any(|(record, ..)| record.port.is_some()) { port::listeners()? } else { vec![] };
+    let uid = node
+        .store
+        .app(app)
+        .read_users()?
+        .map(|users| users.service_uid);
+    let listeners = if records.values().any(|(record, ..)| record.port.is_some()) {
+        port::listeners()?
+    } else {
+        vec![]
+    };
     let mut services = BTreeMap::new();
     for name in names {
         let state = node.systemd.get_unit_state(&name).await?;
@@ -321,16 +425,31 @@ async fn services(
                 };
                 judge(node, app, memory, &name, &look, *is_committed)
             }
-            _ => Health::Waiting { what: format!("{name} is not running"), until: None },
+            _ => Health::Waiting {
+                what: format!("{name} is not running"),
+                until: None,
+            },
         };
-        services.insert(name, ServiceView { file, activity, stale, health });
+        services.insert(
+            name,
+            ServiceView {
+                file,
+                activity,
+                stale,
+                health,
+            },
+        );
     }
-    lock(memory).trackers.retain(|name, _| services.contains_key(name));
+    lock(memory)
+        .trackers
+        .retain(|name, _| services.contains_key(name));
     Ok(services)
 }
 
 fn activity(state: Option<&UnitState>) -> Activity {
-    let Some(state) = state else { return Activity::Inactive };
+    let Some(state) = state else {
+        return Activity::Inactive;
+    };
     match state.active_state {
         ActiveState::Active | ActiveState::Reloading => Activity::Active,
         ActiveState::Activating => Activity::Activating,
@@ -342,7 +461,14 @@ fn activity(state: Option<&UnitState>) -> Activity {
 }
 
 /// Judges a service, and has it probed where that is due.
-fn judge(node: &Arc<Node>, app: &AppName, memory: &Arc<Mutex<Memory>>, unit: &str, look: &Look<'_>, is_committed: bool) -> Health {
+fn judge(
+    node: &Arc<Node>,
+    app: &AppName,
+    memory: &Arc<Mutex<Memory>>,
+    unit: &str,
+    look: &Look<'_>,
+    is_committed: bool,
+) -> Health {
     let mut remembered = lock(memory);
     let tracker = remembered.trackers.entry(unit.to_owned()).or_default();
     tracker.look(look.process, look.state, look.now);
@@ -361,21 +487,32 @@ fn probe_if_due(
     is_committed: bool,
     tracker: &mut Tracker,
 ) {
-    let (Some(probe), Some(port), Some(readiness)) = (&look.process.readiness_probe, look.port, &tracker.readiness) else {
+    let (Some(probe), Some(port), Some(readiness)) =
+        (&look.process.readiness_probe, look.port, &tracker.readiness)
+    else {
         return;
     };
     if tracker.probing || look.state.active_state != ActiveState::Active {
         return;
     }
     let settled = is_committed && tracker.ready_since.is_some();
-    let pause = if settled { COMMITTED_PROBE_INTERVAL } else { Duration::ZERO };
+    let pause = if settled {
+        COMMITTED_PROBE_INTERVAL
+    } else {
+        Duration::ZERO
+    };
     if look.now < readiness.next_check() + pause {
         let due = readiness.next_check() + pause - look.now;
         node.trigger.wake_after(app.clone(), due);
         return;
     }
     tracker.probing = true;
-    let host = look.process.route.as_ref().and_then(|route| route.hosts.first()).map(String::as_str);
+    let host = look
+        .process
+        .route
+        .as_ref()
+        .and_then(|route| route.hosts.first())
+        .map(String::as_str);
     let check = Check::new(probe, host);
     let (node, app, memory) = (Arc::clone(node), app.clone(), Arc::clone(memory));
     let (unit, invocation) = (unit.to_owned(), look.state.invocation_id.clone());
@@ -387,7 +524,9 @@ fn probe_if_due(
             if let Some(tracker) = memory.trackers.get_mut(&unit) {
                 tracker.probing = false;
                 // The check of another start says nothing of this one.
-                if tracker.invocation == invocation && let Some(readiness) = &mut tracker.readiness {
+                if tracker.invocation == invocation
+                    && let Some(readiness) = &mut tracker.readiness
+                {
                     readiness.record(begun, result);
                 }
             }

@@ -154,10 +154,13 @@ pub fn plan(observed: &Observed) -> Plan {
     let Some(attempt) = &observed.attempt else {
         return match &observed.wanted {
             Wanted::Release(wish) => begin(observed, wish),
-            Wanted::Invalid { release_id: _, failure } => {
-                held(observed, Progress::HeldUp(Phase::Pending, failure.clone()))
+            Wanted::Invalid {
+                release_id: _,
+                failure,
+            } => held(observed, Progress::HeldUp(Phase::Pending, failure.clone())),
+            Wanted::Unknown | Wanted::Absent | Wanted::Removal { .. } => {
+                held(observed, Progress::Idle)
             }
-            Wanted::Unknown | Wanted::Absent | Wanted::Removal { .. } => held(observed, Progress::Idle),
         };
     };
     if let Some(plan) = complete_commit(observed, attempt) {
@@ -168,27 +171,50 @@ pub fn plan(observed: &Observed) -> Plan {
         Wanted::Release(wish) if wish.release_id != attempt.wish.release_id => Newer::Wish(wish),
         Wanted::Release(wish) if **wish != attempt.wish => {
             // The same decision, with other retention or from another url.
-            let refreshed = AttemptRecord { wish: (**wish).clone(), ..attempt.clone() };
+            let refreshed = AttemptRecord {
+                wish: (**wish).clone(),
+                ..attempt.clone()
+            };
             return just(Step::WriteAttempt(Box::new(refreshed)), Progress::Idle);
         }
-        Wanted::Invalid { release_id, failure } if *release_id != attempt.wish.release_id => Newer::Invalid(failure),
-        Wanted::Release(_) | Wanted::Invalid { .. } | Wanted::Unknown | Wanted::Absent | Wanted::Removal { .. } => {
-            Newer::Nothing
-        }
+        Wanted::Invalid {
+            release_id,
+            failure,
+        } if *release_id != attempt.wish.release_id => Newer::Invalid(failure),
+        Wanted::Release(_)
+        | Wanted::Invalid { .. }
+        | Wanted::Unknown
+        | Wanted::Absent
+        | Wanted::Removal { .. } => Newer::Nothing,
     };
     match (&attempt.outcome, newer) {
         (None, Newer::Nothing) => advance(observed, attempt),
         (None, Newer::Wish(_) | Newer::Invalid(_)) => {
-            let outcome = Outcome::Superseded { at: observed.wall, undone: false };
-            end(attempt, outcome, Progress::At(Phase::Pending, "taking back what a newer wish replaces".to_owned()))
+            let outcome = Outcome::Superseded {
+                at: observed.wall,
+                undone: false,
+            };
+            end(
+                attempt,
+                outcome,
+                Progress::At(
+                    Phase::Pending,
+                    "taking back what a newer wish replaces".to_owned(),
+                ),
+            )
         }
-        (Some(Outcome::Failed { undone: false, .. } | Outcome::Superseded { undone: false, .. }), _) => {
-            undo(observed, attempt)
-        }
+        (
+            Some(Outcome::Failed { undone: false, .. } | Outcome::Superseded { undone: false, .. }),
+            _,
+        ) => undo(observed, attempt),
         (Some(_), Newer::Wish(wish)) => begin(observed, wish),
-        (Some(_), Newer::Invalid(failure)) => held(observed, Progress::HeldUp(Phase::Pending, failure.clone())),
+        (Some(_), Newer::Invalid(failure)) => {
+            held(observed, Progress::HeldUp(Phase::Pending, failure.clone()))
+        }
         (Some(Outcome::Committed { .. }), Newer::Nothing) => keep_ports(observed, attempt),
-        (Some(Outcome::Failed { failure, .. }), Newer::Nothing) => held(observed, Progress::Failed(failure.clone())),
+        (Some(Outcome::Failed { failure, .. }), Newer::Nothing) => {
+            held(observed, Progress::Failed(failure.clone()))
+        }
         (Some(Outcome::Superseded { .. }), Newer::Nothing) => match &observed.wanted {
             // The wish came back to the one that was taken back: it is tried anew.
             Wanted::Release(wish) => begin(observed, wish),
@@ -208,7 +234,11 @@ enum Newer<'a> {
 
 /// Writes down a wish, before its first effect. The release that is committed is not tried again.
 fn begin(observed: &Observed, wish: &Wish) -> Plan {
-    let build_key = unit::build_key(&wish.commit, wish.template.source.directory.as_deref(), wish.template.build.as_ref());
+    let build_key = unit::build_key(
+        &wish.commit,
+        wish.template.source.directory.as_deref(),
+        wish.template.build.as_ref(),
+    );
     let mut attempt = AttemptRecord {
         version: RECORD_VERSION,
         wish: wish.clone(),
@@ -219,12 +249,19 @@ fn begin(observed: &Observed, wish: &Wish) -> Plan {
         switching: false,
         outcome: None,
     };
-    if let Some(applied) = committed(observed).filter(|applied| applied.release_id == wish.release_id) {
+    if let Some(applied) =
+        committed(observed).filter(|applied| applied.release_id == wish.release_id)
+    {
         attempt.build_key = applied.build_key.clone();
         attempt.processes = applied.processes.clone();
-        attempt.outcome = Some(Outcome::Committed { at: applied.available_since });
+        attempt.outcome = Some(Outcome::Committed {
+            at: applied.available_since,
+        });
     }
-    just(Step::WriteAttempt(Box::new(attempt)), Progress::At(Phase::Pending, "the wish is written down".to_owned()))
+    just(
+        Step::WriteAttempt(Box::new(attempt)),
+        Progress::At(Phase::Pending, "the wish is written down".to_owned()),
+    )
 }
 
 /// The target names the attempt's units: it is committed, whatever the records say so far.
@@ -243,7 +280,12 @@ fn complete_commit(observed: &Observed, attempt: &AttemptRecord) -> Option<Plan>
 }
 
 fn record_commit(observed: &Observed, attempt: &AttemptRecord) -> Vec<Step> {
-    let AttemptRecord { wish, build_key, processes, .. } = attempt;
+    let AttemptRecord {
+        wish,
+        build_key,
+        processes,
+        ..
+    } = attempt;
     let release = AppliedRelease {
         release_id: wish.release_id,
         revision: wish.revision.clone(),
@@ -296,23 +338,44 @@ fn held(observed: &Observed, progress: Progress) -> Plan {
             steps.extend(strays.steps);
             wake = strays.wake;
             if strays.left && progress == Progress::Idle {
-                progress = Progress::At(Phase::Draining, "the old processes finish their requests".to_owned());
+                progress = Progress::At(
+                    Phase::Draining,
+                    "the old processes finish their requests".to_owned(),
+                );
             }
         }
     }
-    Plan { steps, progress, drift, wake }
+    Plan {
+        steps,
+        progress,
+        drift,
+        wake,
+    }
 }
 
 /// Committed, and nothing newer: held. A port that a stranger took is replaced by the same release on
 /// another port, over the same path.
 fn keep_ports(observed: &Observed, attempt: &AttemptRecord) -> Plan {
-    let is_applied = committed(observed).is_some_and(|release| release.release_id == attempt.wish.release_id);
+    let is_applied =
+        committed(observed).is_some_and(|release| release.release_id == attempt.wish.release_id);
     let taken = attempt.processes.iter().any(|process| {
-        matches!(observed.host.services.get(&process.unit).map(|s| &s.health), Some(Health::PortTaken { .. }))
+        matches!(
+            observed.host.services.get(&process.unit).map(|s| &s.health),
+            Some(Health::PortTaken { .. })
+        )
     });
     if is_applied && taken {
-        let again = AttemptRecord { processes: vec![], switching: false, outcome: None, build_result: None, ..attempt.clone() };
-        return just(Step::WriteAttempt(Box::new(again)), Progress::At(Phase::Starting, "its port is taken".to_owned()));
+        let again = AttemptRecord {
+            processes: vec![],
+            switching: false,
+            outcome: None,
+            build_result: None,
+            ..attempt.clone()
+        };
+        return just(
+            Step::WriteAttempt(Box::new(again)),
+            Progress::At(Phase::Starting, "its port is taken".to_owned()),
+        );
     }
     held(observed, Progress::Idle)
 }
@@ -320,7 +383,9 @@ fn keep_ports(observed: &Observed, attempt: &AttemptRecord) -> Plan {
 /// Puts right what is not as `applied.json` says, but for the traffic.
 fn heal(observed: &Observed) -> (Vec<Step>, Vec<String>) {
     let (mut steps, mut drift) = (vec![], vec![]);
-    let Some(release) = committed(observed) else { return (steps, drift) };
+    let Some(release) = committed(observed) else {
+        return (steps, drift);
+    };
     let host = &observed.host;
     let units = unit_names(&release.processes);
 
@@ -335,7 +400,15 @@ fn heal(observed: &Observed) -> (Vec<Step>, Vec<String>) {
             continue;
         };
         if service.file != FileView::Intact {
-            drift.push(format!("the file of {} was {}", process.unit, if service.file == FileView::Missing { "missing" } else { "changed" }));
+            drift.push(format!(
+                "the file of {} was {}",
+                process.unit,
+                if service.file == FileView::Missing {
+                    "missing"
+                } else {
+                    "changed"
+                }
+            ));
             missing.push(process.clone());
         }
         stale |= service.stale;
@@ -347,10 +420,18 @@ fn heal(observed: &Observed) -> (Vec<Step>, Vec<String>) {
     if !missing.is_empty() {
         steps.push(Step::WriteUnits(missing));
     }
-    let is_target = host.target.as_ref().is_some_and(|target| target.release_id == Some(release.release_id) && target.units == units);
+    let is_target = host.target.as_ref().is_some_and(|target| {
+        target.release_id == Some(release.release_id) && target.units == units
+    });
     if !is_target || !host.enabled {
-        drift.push(format!("{} did not name the committed units", unit::target_name(&observed.app)));
-        steps.push(Step::WriteTarget { release_id: release.release_id, units });
+        drift.push(format!(
+            "{} did not name the committed units",
+            unit::target_name(&observed.app)
+        ));
+        steps.push(Step::WriteTarget {
+            release_id: release.release_id,
+            units,
+        });
     }
     if stale {
         steps.push(Step::ReloadManager);
@@ -372,18 +453,28 @@ fn stop_strays(observed: &Observed, attempt: Option<&AttemptRecord>) -> Strays {
     let tried: &[ProcessRecord] = attempt.map_or(&[], |attempt| &attempt.processes);
     let applied: &[ProcessRecord] = committed(observed).map_or(&[], |release| &release.processes);
     let build = attempt.map(|attempt| build_unit(observed, attempt));
-    let mut strays = Strays { steps: stop_builds(observed, build.as_deref()), wake: None, left: false };
+    let mut strays = Strays {
+        steps: stop_builds(observed, build.as_deref()),
+        wake: None,
+        left: false,
+    };
 
     let (mut to_stop, mut to_remove) = (vec![], vec![]);
     for (unit, service) in &observed.host.services {
-        if tried.iter().chain(applied).any(|process| process.unit == *unit) {
+        if tried
+            .iter()
+            .chain(applied)
+            .any(|process| process.unit == *unit)
+        {
             continue;
         }
         match service.activity {
             Activity::Inactive if service.file == FileView::Missing => {}
             Activity::Inactive => to_remove.push(unit.clone()),
             Activity::Deactivating => strays.left = true,
-            Activity::Activating | Activity::Active | Activity::Failed => to_stop.push(unit.clone()),
+            Activity::Activating | Activity::Active | Activity::Failed => {
+                to_stop.push(unit.clone())
+            }
         }
     }
     strays.left |= !to_stop.is_empty() || !to_remove.is_empty();
@@ -401,11 +492,21 @@ fn stop_strays(observed: &Observed, attempt: Option<&AttemptRecord>) -> Strays {
 }
 
 fn stop_builds(observed: &Observed, but: Option<&str>) -> Vec<Step> {
-    let others = observed.host.builds.iter().filter(|(unit, _)| Some(unit.as_str()) != but);
+    let others = observed
+        .host
+        .builds
+        .iter()
+        .filter(|(unit, _)| Some(unit.as_str()) != but);
     others
         .filter_map(|(unit, build)| match build {
-            BuildView::Running => Some(Step::StopBuild { unit: unit.clone(), kill: true }),
-            BuildView::Ended(_) | BuildView::Killed(_) => Some(Step::StopBuild { unit: unit.clone(), kill: false }),
+            BuildView::Running => Some(Step::StopBuild {
+                unit: unit.clone(),
+                kill: true,
+            }),
+            BuildView::Ended(_) | BuildView::Killed(_) => Some(Step::StopBuild {
+                unit: unit.clone(),
+                kill: false,
+            }),
             BuildView::Stopping => None,
         })
         .collect()
@@ -423,7 +524,9 @@ enum Traffic<'a> {
 fn traffic<'a>(observed: &'a Observed, wanted: Option<&VirtualHost>) -> Traffic<'a> {
     let view = &observed.host.virtual_host;
     let step = match (wanted, &view.in_force) {
-        (Some(wanted), Some((in_force, since))) if wanted == in_force => return Traffic::InForce(*since),
+        (Some(wanted), Some((in_force, since))) if wanted == in_force => {
+            return Traffic::InForce(*since);
+        }
         (Some(wanted), _) => Step::Publish(Box::new(wanted.clone())),
         (None, None) if !view.file => return Traffic::InForce(Duration::ZERO),
         (None, _) => Step::RemoveVirtualHost,
@@ -437,13 +540,25 @@ fn traffic<'a>(observed: &'a Observed, wanted: Option<&VirtualHost>) -> Traffic<
 /// The virtual host of what is committed.
 pub fn committed_virtual_host(observed: &Observed) -> Option<VirtualHost> {
     let release = committed(observed)?;
-    virtual_host(&observed.app, release.release_id, &release.template, &release.processes, &[])
+    virtual_host(
+        &observed.app,
+        release.release_id,
+        &release.template,
+        &release.processes,
+        &[],
+    )
 }
 
 /// The virtual host of an attempt that takes the traffic: what the old served is its backup.
 fn attempt_virtual_host(observed: &Observed, attempt: &AttemptRecord) -> Option<VirtualHost> {
     let old: &[ProcessRecord] = committed(observed).map_or(&[], |release| &release.processes);
-    virtual_host(&observed.app, attempt.wish.release_id, &attempt.wish.template, &attempt.processes, old)
+    virtual_host(
+        &observed.app,
+        attempt.wish.release_id,
+        &attempt.wish.template,
+        &attempt.processes,
+        old,
+    )
 }
 
 /// What the proxy serves for `processes`; nothing if none has a route. Host names that are not valid
@@ -455,27 +570,47 @@ pub fn virtual_host(
     processes: &[ProcessRecord],
     old: &[ProcessRecord],
 ) -> Option<VirtualHost> {
-    let port_of = |records: &[ProcessRecord], name: &str| records.iter().find(|p| p.name == name).and_then(|p| p.port);
+    let port_of = |records: &[ProcessRecord], name: &str| {
+        records.iter().find(|p| p.name == name).and_then(|p| p.port)
+    };
     let routes: Vec<Route> = template
         .processes
         .iter()
         .filter_map(|process| {
             let route = process.route.as_ref()?;
             let target = match port_of(processes, &process.name) {
-                Some(primary) => {
-                    RouteTarget::Port { primary, backup: port_of(old, &process.name).filter(|backup| *backup != primary) }
-                }
+                Some(primary) => RouteTarget::Port {
+                    primary,
+                    backup: port_of(old, &process.name).filter(|backup| *backup != primary),
+                },
                 None => RouteTarget::Unavailable,
             };
-            let hosts = route.hosts.iter().filter_map(|host| HostName::parse(host).ok()).collect();
-            let measured_path = match process.readiness_probe.as_ref().and_then(|probe| probe.http_get.as_ref()) {
+            let hosts = route
+                .hosts
+                .iter()
+                .filter_map(|host| HostName::parse(host).ok())
+                .collect();
+            let measured_path = match process
+                .readiness_probe
+                .as_ref()
+                .and_then(|probe| probe.http_get.as_ref())
+            {
                 Some(get) => get.path.clone(),
                 None => "/".to_owned(),
             };
-            Some(Route { process: process.name.clone(), hosts, target, measured_path })
+            Some(Route {
+                process: process.name.clone(),
+                hosts,
+                target,
+                measured_path,
+            })
         })
         .collect();
-    (!routes.is_empty()).then(|| VirtualHost { app: app.clone(), release_id, routes })
+    (!routes.is_empty()).then(|| VirtualHost {
+        app: app.clone(),
+        release_id,
+        routes,
+    })
 }
 
 // ---- The attempt ----------------------------------------------------------
@@ -497,7 +632,10 @@ fn advance(observed: &Observed, attempt: &AttemptRecord) -> Plan {
         }
     }
     let next = if let Some(held_up) = waiting(observed) {
-        let mut next = Next::wait(Progress::HeldUp(phase_of(observed, attempt), held_up.failure.clone()));
+        let mut next = Next::wait(Progress::HeldUp(
+            phase_of(observed, attempt),
+            held_up.failure.clone(),
+        ));
         next.wake = Some(held_up.until);
         next
     } else if !observed.host.trees.contains(&attempt.build_key) {
@@ -509,7 +647,12 @@ fn advance(observed: &Observed, attempt: &AttemptRecord) -> Plan {
     };
     steps.extend(next.steps);
     let wake = [wake, next.wake].into_iter().flatten().min();
-    Plan { steps, progress: next.progress, drift, wake }
+    Plan {
+        steps,
+        progress: next.progress,
+        drift,
+        wake,
+    }
 }
 
 /// What the attempt needs next.
@@ -524,15 +667,34 @@ impl Next {
         Self::steps(vec![step], phase, what)
     }
     fn steps(steps: Vec<Step>, phase: Phase, what: &str) -> Self {
-        Self { steps, progress: Progress::At(phase, what.to_owned()), wake: None }
+        Self {
+            steps,
+            progress: Progress::At(phase, what.to_owned()),
+            wake: None,
+        }
     }
     fn wait(progress: Progress) -> Self {
-        Self { steps: vec![], progress, wake: None }
+        Self {
+            steps: vec![],
+            progress,
+            wake: None,
+        }
     }
     fn fail(observed: &Observed, attempt: &AttemptRecord, failure: RecordedFailure) -> Self {
-        let outcome = Outcome::Failed { at: observed.wall, failure: failure.clone(), undone: false };
-        let ended = AttemptRecord { outcome: Some(outcome), ..attempt.clone() };
-        Self { steps: vec![Step::WriteAttempt(Box::new(ended))], progress: Progress::Failed(failure), wake: None }
+        let outcome = Outcome::Failed {
+            at: observed.wall,
+            failure: failure.clone(),
+            undone: false,
+        };
+        let ended = AttemptRecord {
+            outcome: Some(outcome),
+            ..attempt.clone()
+        };
+        Self {
+            steps: vec![Step::WriteAttempt(Box::new(ended))],
+            progress: Progress::Failed(failure),
+            wake: None,
+        }
     }
 }
 
@@ -540,26 +702,54 @@ impl Next {
 fn build(observed: &Observed, attempt: &AttemptRecord) -> Next {
     let name = build_unit(observed, attempt);
     match (observed.host.builds.get(&name), &attempt.build_result) {
-        (Some(BuildView::Running), _) => Next::wait(Progress::At(Phase::Building, "the build runs".to_owned())),
-        (Some(BuildView::Stopping), _) => Next::wait(Progress::At(Phase::Building, "the build ends".to_owned())),
-        (Some(BuildView::Killed(failure)), None) if failure.reason.class() == Class::Environment => rebuild(
-            observed,
-            attempt,
-            vec![Step::StopBuild { unit: name, kill: false }, Step::HoldUp(failure.clone())],
-        ),
+        (Some(BuildView::Running), _) => {
+            Next::wait(Progress::At(Phase::Building, "the build runs".to_owned()))
+        }
+        (Some(BuildView::Stopping), _) => {
+            Next::wait(Progress::At(Phase::Building, "the build ends".to_owned()))
+        }
+        (Some(BuildView::Killed(failure)), None)
+            if failure.reason.class() == Class::Environment =>
+        {
+            rebuild(
+                observed,
+                attempt,
+                vec![
+                    Step::StopBuild {
+                        unit: name,
+                        kill: false,
+                    },
+                    Step::HoldUp(failure.clone()),
+                ],
+            )
+        }
         (Some(BuildView::Killed(failure)), None) => Next::fail(observed, attempt, failure.clone()),
         (Some(BuildView::Ended(result)), None) => {
             // Measured and on disk before the unit, which holds the result, is let go.
-            let measured = AttemptRecord { build_result: Some(result.clone()), ..attempt.clone() };
+            let measured = AttemptRecord {
+                build_result: Some(result.clone()),
+                ..attempt.clone()
+            };
             Next::steps(
-                vec![Step::WriteAttempt(Box::new(measured)), Step::StopBuild { unit: name, kill: false }],
+                vec![
+                    Step::WriteAttempt(Box::new(measured)),
+                    Step::StopBuild {
+                        unit: name,
+                        kill: false,
+                    },
+                ],
                 Phase::Building,
                 "the build has ended",
             )
         }
-        (Some(BuildView::Ended(_) | BuildView::Killed(_)), Some(_)) => {
-            Next::step(Step::StopBuild { unit: name, kill: false }, Phase::Building, "the build has ended")
-        }
+        (Some(BuildView::Ended(_) | BuildView::Killed(_)), Some(_)) => Next::step(
+            Step::StopBuild {
+                unit: name,
+                kill: false,
+            },
+            Phase::Building,
+            "the build has ended",
+        ),
         (None, Some(result)) => built(observed, attempt, result),
         (None, None) if observed.host.stage => rebuild(observed, attempt, vec![]),
         (None, None) => start_build(observed, attempt),
@@ -600,7 +790,11 @@ fn rebuild(observed: &Observed, attempt: &AttemptRecord, mut steps: Vec<Step>) -
         );
         return Next::fail(observed, attempt, failure(Reason::BuildFailed, message));
     }
-    let again = AttemptRecord { build_try: attempt.build_try + 1, build_result: None, ..attempt.clone() };
+    let again = AttemptRecord {
+        build_try: attempt.build_try + 1,
+        build_result: None,
+        ..attempt.clone()
+    };
     steps.push(Step::WriteAttempt(Box::new(again)));
     Next::steps(steps, Phase::Building, "the build begins anew")
 }
@@ -608,23 +802,40 @@ fn rebuild(observed: &Observed, attempt: &AttemptRecord, mut steps: Vec<Step>) -
 fn start_build(observed: &Observed, attempt: &AttemptRecord) -> Next {
     let host = &observed.host;
     match &host.source {
-        None => Next::step(Step::WantCommit, Phase::Fetching, "the commit is being fetched"),
-        Some(SourceView::Queued { position, of }) => Next::wait(Progress::Queued { position: *position, of: *of }),
+        None => Next::step(
+            Step::WantCommit,
+            Phase::Fetching,
+            "the commit is being fetched",
+        ),
+        Some(SourceView::Queued { position, of }) => Next::wait(Progress::Queued {
+            position: *position,
+            of: *of,
+        }),
         Some(SourceView::Fetching) => Next::wait(Progress::At(
             Phase::Fetching,
             format!("{} is being fetched", attempt.wish.commit.short()),
         )),
-        Some(SourceView::Failed(failure)) => Next::wait(Progress::HeldUp(Phase::Fetching, failure.clone())),
+        Some(SourceView::Failed(failure)) => {
+            Next::wait(Progress::HeldUp(Phase::Fetching, failure.clone()))
+        }
         Some(SourceView::Ready) => {
             if let Some(message) = &host.disk_pressure {
-                let mut next = Next::wait(Progress::HeldUp(Phase::Building, failure(Reason::DiskPressure, message.clone())));
+                let mut next = Next::wait(Progress::HeldUp(
+                    Phase::Building,
+                    failure(Reason::DiskPressure, message.clone()),
+                ));
                 next.wake = Some(observed.now + PRESSURE_INTERVAL);
                 return next;
             }
             match host.slot {
-                SlotView::Granted => Next::step(Step::StartBuild, Phase::Building, "the build starts"),
+                SlotView::Granted => {
+                    Next::step(Step::StartBuild, Phase::Building, "the build starts")
+                }
                 SlotView::Queued { position, of } => Next::wait(Progress::Queued { position, of }),
-                SlotView::Unasked => Next::wait(Progress::At(Phase::Queued, "a build slot is asked for".to_owned())),
+                SlotView::Unasked => Next::wait(Progress::At(
+                    Phase::Queued,
+                    "a build slot is asked for".to_owned(),
+                )),
             }
         }
     }
@@ -641,7 +852,10 @@ fn choose(observed: &Observed, attempt: &AttemptRecord) -> Next {
             app.namespace(),
             app.name()
         );
-        let mut next = Next::wait(Progress::HeldUp(Phase::Starting, failure(Reason::RouteConflict, message)));
+        let mut next = Next::wait(Progress::HeldUp(
+            Phase::Starting,
+            failure(Reason::RouteConflict, message),
+        ));
         next.wake = Some(observed.now + PRESSURE_INTERVAL);
         return next;
     }
@@ -649,13 +863,21 @@ fn choose(observed: &Observed, attempt: &AttemptRecord) -> Next {
     let keep = applied
         .iter()
         .filter(|process| {
-            let health = observed.host.services.get(&process.unit).map(|service| &service.health);
+            let health = observed
+                .host
+                .services
+                .get(&process.unit)
+                .map(|service| &service.health);
             !matches!(health, Some(Health::PortTaken { .. }))
         })
         .map(|process| process.name.clone())
         .collect();
     let _ = attempt;
-    Next::step(Step::ChooseProcesses { keep }, Phase::Starting, "units and ports are chosen")
+    Next::step(
+        Step::ChooseProcesses { keep },
+        Phase::Starting,
+        "units and ports are chosen",
+    )
 }
 
 /// Units are chosen: start, healthy, switch, bake, commit.
@@ -684,12 +906,24 @@ fn run(observed: &Observed, attempt: &AttemptRecord) -> Next {
             }
             Some(Health::PortTaken { by: _ }) => {
                 // Other ports, and so other units; those of before are strays then.
-                let again = AttemptRecord { processes: vec![], switching: false, ..attempt.clone() };
-                return Next::step(Step::WriteAttempt(Box::new(again)), Phase::Starting, "its port is taken");
+                let again = AttemptRecord {
+                    processes: vec![],
+                    switching: false,
+                    ..attempt.clone()
+                };
+                return Next::step(
+                    Step::WriteAttempt(Box::new(again)),
+                    Phase::Starting,
+                    "its port is taken",
+                );
             }
             Some(Health::Ready { since }) => ready_since = ready_since.max(*since),
-            Some(Health::Waiting { what, until }) => waits = earlier(waits, (format!("{}: {what}", process.name), *until)),
-            Some(Health::Failed(_)) | None => waits = earlier(waits, (format!("{} starts", process.name), None)),
+            Some(Health::Waiting { what, until }) => {
+                waits = earlier(waits, (format!("{}: {what}", process.name), *until))
+            }
+            Some(Health::Failed(_)) | None => {
+                waits = earlier(waits, (format!("{} starts", process.name), None))
+            }
         }
         if !kept && matches!(activity, Activity::Inactive | Activity::Failed) {
             to_start.push(process.unit.clone());
@@ -709,14 +943,28 @@ fn run(observed: &Observed, attempt: &AttemptRecord) -> Next {
         return Next::steps(steps, Phase::Starting, "the processes start");
     }
     if let Some((what, wake)) = waits {
-        let phase = if attempt.switching { Phase::Baking } else { Phase::Starting };
-        return Next { steps: vec![], progress: Progress::At(phase, what), wake };
+        let phase = if attempt.switching {
+            Phase::Baking
+        } else {
+            Phase::Starting
+        };
+        return Next {
+            steps: vec![],
+            progress: Progress::At(phase, what),
+            wake,
+        };
     }
     switch(observed, attempt, ready_since)
 }
 
-fn earlier(waits: Option<(String, Option<Duration>)>, more: (String, Option<Duration>)) -> Option<(String, Option<Duration>)> {
-    let wake = [waits.as_ref().and_then(|w| w.1), more.1].into_iter().flatten().min();
+fn earlier(
+    waits: Option<(String, Option<Duration>)>,
+    more: (String, Option<Duration>),
+) -> Option<(String, Option<Duration>)> {
+    let wake = [waits.as_ref().and_then(|w| w.1), more.1]
+        .into_iter()
+        .flatten()
+        .min();
     Some((waits.map_or(more.0, |w| w.0), wake))
 }
 
@@ -724,25 +972,41 @@ fn earlier(waits: Option<(String, Option<Duration>)>, more: (String, Option<Dura
 fn switch(observed: &Observed, attempt: &AttemptRecord, ready_since: Duration) -> Next {
     if !attempt.switching {
         if stop_strays(observed, Some(attempt)).left {
-            return Next::wait(Progress::At(Phase::Starting, "older processes finish their requests first".to_owned()));
+            return Next::wait(Progress::At(
+                Phase::Starting,
+                "older processes finish their requests first".to_owned(),
+            ));
         }
-        let switching = AttemptRecord { switching: true, ..attempt.clone() };
-        return Next::step(Step::WriteAttempt(Box::new(switching)), Phase::Switching, "the traffic is being moved");
+        let switching = AttemptRecord {
+            switching: true,
+            ..attempt.clone()
+        };
+        return Next::step(
+            Step::WriteAttempt(Box::new(switching)),
+            Phase::Switching,
+            "the traffic is being moved",
+        );
     }
     let since = match traffic(observed, attempt_virtual_host(observed, attempt).as_ref()) {
         Traffic::InForce(since) => since,
-        Traffic::Step(step) => return Next::step(step, Phase::Switching, "the traffic is being moved"),
+        Traffic::Step(step) => {
+            return Next::step(step, Phase::Switching, "the traffic is being moved");
+        }
         Traffic::HeldUp(held_up) => {
             let mut next = Next::wait(Progress::HeldUp(Phase::Switching, held_up.failure.clone()));
             next.wake = Some(held_up.until);
             return next;
         }
     };
-    let baked = since.max(ready_since) + Duration::from_secs(u64::from(attempt.wish.template.min_ready_seconds));
+    let baked = since.max(ready_since)
+        + Duration::from_secs(u64::from(attempt.wish.template.min_ready_seconds));
     if observed.now < baked {
         let mut next = Next::wait(Progress::At(
             Phase::Baking,
-            format!("healthy under traffic, to stay so for {} s", attempt.wish.template.min_ready_seconds),
+            format!(
+                "healthy under traffic, to stay so for {} s",
+                attempt.wish.template.min_ready_seconds
+            ),
         ));
         next.wake = Some(baked);
         return next;
@@ -759,9 +1023,10 @@ fn switch(observed: &Observed, attempt: &AttemptRecord, ready_since: Duration) -
 fn undo(observed: &Observed, attempt: &AttemptRecord) -> Plan {
     let progress = match &attempt.outcome {
         Some(Outcome::Failed { failure, .. }) => Progress::Failed(failure.clone()),
-        Some(Outcome::Superseded { .. } | Outcome::Committed { .. }) | None => {
-            Progress::At(Phase::Pending, "taking back what a newer wish replaces".to_owned())
-        }
+        Some(Outcome::Superseded { .. } | Outcome::Committed { .. }) | None => Progress::At(
+            Phase::Pending,
+            "taking back what a newer wish replaces".to_owned(),
+        ),
     };
     // The build first: it is the loudest, and stopping it cannot harm what runs.
     let mut steps = stop_builds(observed, None);
@@ -773,38 +1038,78 @@ fn undo(observed: &Observed, attempt: &AttemptRecord) -> Plan {
         Traffic::HeldUp(held_up) => wake = Some(held_up.until),
         Traffic::InForce(_) => {
             let strays = stop_strays(observed, None);
-            steps.extend(strays.steps.into_iter().filter(|step| !matches!(step, Step::StopBuild { .. })));
+            steps.extend(
+                strays
+                    .steps
+                    .into_iter()
+                    .filter(|step| !matches!(step, Step::StopBuild { .. })),
+            );
             wake = strays.wake;
             if !strays.left && observed.host.builds.is_empty() {
                 let outcome = attempt.outcome.clone().map(|outcome| match outcome {
-                    Outcome::Failed { at, failure, undone: _ } => Outcome::Failed { at, failure, undone: true },
-                    Outcome::Superseded { at, undone: _ } => Outcome::Superseded { at, undone: true },
+                    Outcome::Failed {
+                        at,
+                        failure,
+                        undone: _,
+                    } => Outcome::Failed {
+                        at,
+                        failure,
+                        undone: true,
+                    },
+                    Outcome::Superseded { at, undone: _ } => {
+                        Outcome::Superseded { at, undone: true }
+                    }
                     Outcome::Committed { at } => Outcome::Committed { at },
                 });
-                steps.push(Step::WriteAttempt(Box::new(AttemptRecord { outcome, ..attempt.clone() })));
+                steps.push(Step::WriteAttempt(Box::new(AttemptRecord {
+                    outcome,
+                    ..attempt.clone()
+                })));
             }
         }
     }
-    Plan { steps, progress, drift, wake }
+    Plan {
+        steps,
+        progress,
+        drift,
+        wake,
+    }
 }
 
 fn end(attempt: &AttemptRecord, outcome: Outcome, progress: Progress) -> Plan {
-    just(Step::WriteAttempt(Box::new(AttemptRecord { outcome: Some(outcome), ..attempt.clone() })), progress)
+    just(
+        Step::WriteAttempt(Box::new(AttemptRecord {
+            outcome: Some(outcome),
+            ..attempt.clone()
+        })),
+        progress,
+    )
 }
 
 // ---- Small things ---------------------------------------------------------
 
 fn just(step: Step, progress: Progress) -> Plan {
-    Plan { steps: vec![step], progress, drift: vec![], wake: None }
+    Plan {
+        steps: vec![step],
+        progress,
+        drift: vec![],
+        wake: None,
+    }
 }
 
 /// The committed release.
 pub fn committed(observed: &Observed) -> Option<&AppliedRelease> {
-    observed.applied.as_ref().and_then(|applied| applied.release.as_ref())
+    observed
+        .applied
+        .as_ref()
+        .and_then(|applied| applied.release.as_ref())
 }
 
 fn waiting(observed: &Observed) -> Option<&HeldUp> {
-    observed.held_up.as_ref().filter(|held_up| observed.now < held_up.until)
+    observed
+        .held_up
+        .as_ref()
+        .filter(|held_up| observed.now < held_up.until)
 }
 
 fn build_unit(observed: &Observed, attempt: &AttemptRecord) -> String {
@@ -812,7 +1117,10 @@ fn build_unit(observed: &Observed, attempt: &AttemptRecord) -> String {
 }
 
 fn unit_names(processes: &[ProcessRecord]) -> Vec<String> {
-    processes.iter().map(|process| process.unit.clone()).collect()
+    processes
+        .iter()
+        .map(|process| process.unit.clone())
+        .collect()
 }
 
 fn phase_of(observed: &Observed, attempt: &AttemptRecord) -> Phase {
@@ -826,37 +1134,71 @@ fn phase_of(observed: &Observed, attempt: &AttemptRecord) -> Phase {
 }
 
 fn failure(reason: Reason, message: String) -> RecordedFailure {
-    RecordedFailure { reason, message, log_tail: None }
+    RecordedFailure {
+        reason,
+        message,
+        log_tail: None,
+    }
 }
 
 /// What a build's result means. The log's tail is added where it is read.
 pub fn build_failure(attempt: &AttemptRecord, result: &StepResult) -> RecordedFailure {
-    let StepResult { result, code, status } = result;
+    let StepResult {
+        result,
+        code,
+        status,
+    } = result;
     let commit = attempt.wish.commit.short();
     let directory = attempt.wish.template.source.directory.as_deref();
-    let timeout = attempt.wish.template.build.as_ref().map_or(0, |build| build.timeout_seconds);
+    let timeout = attempt
+        .wish
+        .template
+        .build
+        .as_ref()
+        .map_or(0, |build| build.timeout_seconds);
     let (reason, message) = match (result.as_str(), *code, *status) {
         ("timeout", _, _) => (
             Reason::BuildTimedOut,
-            format!("the build of {commit} did not end within {timeout} s: make it faster, or raise build.timeoutSeconds"),
+            format!(
+                "the build of {commit} did not end within {timeout} s: make it faster, or raise build.timeoutSeconds"
+            ),
         ),
         ("oom-kill", _, _) | ("signal", _, 9) => (
             Reason::ExceededMemory,
-            format!("the build of {commit} was killed, most likely for its memory: raise build.resources.limits.memory"),
+            format!(
+                "the build of {commit} was killed, most likely for its memory: raise build.resources.limits.memory"
+            ),
         ),
-        ("resources", _, _) => (Reason::BuildFailed, format!("the build of {commit} could not be started by systemd (resources)")),
+        ("resources", _, _) => (
+            Reason::BuildFailed,
+            format!("the build of {commit} could not be started by systemd (resources)"),
+        ),
         // The main process never ran: the checkout before it failed.
-        (_, 0, _) => (Reason::SourceUnavailable, format!("{commit} could not be checked out of the mirror; it is fetched anew")),
+        (_, 0, _) => (
+            Reason::SourceUnavailable,
+            format!("{commit} could not be checked out of the mirror; it is fetched anew"),
+        ),
         (_, 1, 125) if directory.is_some() => (
             Reason::DirectoryNotFound,
-            format!("{commit} has no folder {:?}: correct source.git.directory", directory.unwrap_or_default()),
+            format!(
+                "{commit} has no folder {:?}: correct source.git.directory",
+                directory.unwrap_or_default()
+            ),
         ),
         (_, 1, 127) => (
             Reason::ToolMissing,
-            format!("the build of {commit} calls a program that is not there (exit 127; the log names it)"),
+            format!(
+                "the build of {commit} calls a program that is not there (exit 127; the log names it)"
+            ),
         ),
-        (_, 1, status) => (Reason::BuildFailed, format!("the build of {commit} ended with exit {status}")),
-        (_, _, signal) => (Reason::BuildFailed, format!("the build of {commit} was ended by signal {signal}")),
+        (_, 1, status) => (
+            Reason::BuildFailed,
+            format!("the build of {commit} ended with exit {status}"),
+        ),
+        (_, _, signal) => (
+            Reason::BuildFailed,
+            format!("the build of {commit} was ended by signal {signal}"),
+        ),
     };
     failure(reason, message)
 }

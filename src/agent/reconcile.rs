@@ -66,7 +66,11 @@ impl ReconcileError for AppError {
 }
 
 /// One run for one app.
-pub async fn reconcile(node: Arc<Node>, reports: crate::runtime::supervise::Trigger<AppName>, app: AppName) -> Result<Action, AppError> {
+pub async fn reconcile(
+    node: Arc<Node>,
+    reports: crate::runtime::supervise::Trigger<AppName>,
+    app: AppName,
+) -> Result<Action, AppError> {
     let mut halted = None;
     for _ in 0..ROUNDS {
         let observed = observe(&node, &app).await?;
@@ -89,7 +93,12 @@ pub async fn reconcile(node: Arc<Node>, reports: crate::runtime::supervise::Trig
 
 /// A step failed for its surroundings. What holds the attempt up has a wait of its own, which another wish
 /// ends; anything else is the supervisor's to space.
-fn ended_by(error: StepError, node: &Node, observed: &Observed, plan: &Plan) -> Result<Action, AppError> {
+fn ended_by(
+    error: StepError,
+    node: &Node,
+    observed: &Observed,
+    plan: &Plan,
+) -> Result<Action, AppError> {
     match (plan.wake, plan.steps.is_empty()) {
         (Some(wake), true) => {
             tracing::warn!(app = %observed.app, "held up: {}", crate::runtime::error_chain(&error));
@@ -109,8 +118,11 @@ async fn settle(node: &Arc<Node>, observed: &Observed, plan: &Plan) -> Result<Ac
         return Ok(Action::Done);
     }
     let memory = node.memory(app);
-    let is_quiet = matches!(plan.progress, Progress::Idle | Progress::Failed(_)) && observed.host.has_files;
-    let due = lock(&memory).collected.is_none_or(|last| observed.now >= last + COLLECT_INTERVAL);
+    let is_quiet =
+        matches!(plan.progress, Progress::Idle | Progress::Failed(_)) && observed.host.has_files;
+    let due = lock(&memory)
+        .collected
+        .is_none_or(|last| observed.now >= last + COLLECT_INTERVAL);
     if is_quiet && due {
         lock(&memory).collected = Some(observed.now);
         let folder = node.store.app(app);
@@ -128,7 +140,9 @@ async fn settle(node: &Arc<Node>, observed: &Observed, plan: &Plan) -> Result<Ac
         // What the attempt leaves behind is looked for when it has ended.
         lock(&memory).collected = None;
     }
-    let wake = plan.wake.map_or(RESYNC, |wake| wake.saturating_sub(monotonic()).min(RESYNC));
+    let wake = plan
+        .wake
+        .map_or(RESYNC, |wake| wake.saturating_sub(monotonic()).min(RESYNC));
     Ok(Action::After(wake))
 }
 
@@ -139,24 +153,49 @@ fn note_drift(node: &Node, observed: &Observed, plan: &Plan) {
         tracing::warn!(app = %observed.app, "the host is not as it was left: {}", plan.drift.join(", "));
         memory.drift = Some((plan.drift.join(", "), observed.now));
     }
-    memory.drift = memory.drift.take().filter(|(_, since)| observed.now < *since + DRIFT_TOLD);
+    memory.drift = memory
+        .drift
+        .take()
+        .filter(|(_, since)| observed.now < *since + DRIFT_TOLD);
 }
 
 /// Has the status written, if there is a Release to write it to.
-fn report(node: &Node, reports: &crate::runtime::supervise::Trigger<AppName>, observed: &Observed, plan: &Plan) {
-    let Some(release) = node.release(&observed.app) else { return };
-    let generation = release.0.as_ref().ok().and_then(|release| release.metadata.generation).unwrap_or_default();
+fn report(
+    node: &Node,
+    reports: &crate::runtime::supervise::Trigger<AppName>,
+    observed: &Observed,
+    plan: &Plan,
+) {
+    let Some(release) = node.release(&observed.app) else {
+        return;
+    };
+    let generation = release
+        .0
+        .as_ref()
+        .ok()
+        .and_then(|release| release.metadata.generation)
+        .unwrap_or_default();
     let memory = node.memory(&observed.app);
     let mut memory = lock(&memory);
-    let stands = release.0.as_ref().ok().and_then(|release| release.status.as_ref());
+    let stands = release
+        .0
+        .as_ref()
+        .ok()
+        .and_then(|release| release.status.as_ref());
     let before = match &memory.written {
         Some((written, _)) => written.conditions.clone(),
-        None => stands.map(|status| status.conditions.clone()).unwrap_or_default(),
+        None => stands
+            .map(|status| status.conditions.clone())
+            .unwrap_or_default(),
     };
     let drift = memory.drift.as_ref().map(|(what, _)| what.as_str());
     let told = status(observed, plan, generation, &before, drift);
     let terminal = is_terminal(&told);
-    if memory.report.as_ref().is_none_or(|(report, _)| *report != told) {
+    if memory
+        .report
+        .as_ref()
+        .is_none_or(|(report, _)| *report != told)
+    {
         memory.report = Some((told, terminal));
     }
     reports.wake(observed.app.clone());
@@ -179,14 +218,26 @@ impl ReconcileError for ReportError {
 /// Writes an app's status, if it differs from what stands there: at most once a second, but for an end.
 pub async fn write_report(node: Arc<Node>, app: AppName) -> Result<Action, ReportError> {
     let memory = node.memory(&app);
-    let Some(release) = node.release(&app) else { return Ok(Action::Done) };
+    let Some(release) = node.release(&app) else {
+        return Ok(Action::Done);
+    };
     let (told, written, terminal) = {
         let memory = lock(&memory);
-        let Some((told, terminal)) = memory.report.clone() else { return Ok(Action::Done) };
+        let Some((told, terminal)) = memory.report.clone() else {
+            return Ok(Action::Done);
+        };
         (told, memory.written.clone(), terminal)
     };
-    let stands = release.0.as_ref().ok().and_then(|release| release.status.clone()).map(own_part);
-    let last = written.as_ref().map(|(status, _)| status).or(stands.as_ref());
+    let stands = release
+        .0
+        .as_ref()
+        .ok()
+        .and_then(|release| release.status.clone())
+        .map(own_part);
+    let last = written
+        .as_ref()
+        .map(|(status, _)| status)
+        .or(stands.as_ref());
     if last == Some(&told) {
         return Ok(Action::Done);
     }
@@ -206,7 +257,10 @@ pub async fn write_report(node: Arc<Node>, app: AppName) -> Result<Action, Repor
     });
     let api: Api<Release> = Api::namespaced(node.client.clone(), app.namespace());
     let parameters = PatchParams::apply(FIELD_MANAGER).force();
-    match api.patch_status(&name, &parameters, &Patch::Apply(&body)).await {
+    match api
+        .patch_status(&name, &parameters, &Patch::Apply(&body))
+        .await
+    {
         Ok(_) => {
             lock(&memory).written = Some((told, monotonic()));
             // What was told meanwhile comes next.
@@ -219,6 +273,13 @@ pub async fn write_report(node: Arc<Node>, app: AppName) -> Result<Action, Repor
 
 /// What of a status is the agent's.
 fn own_part(status: ReleaseStatus) -> ReleaseStatus {
-    let conditions = status.conditions.into_iter().filter(|c| c.type_ != crate::api::conditions::REACHABLE).collect();
-    ReleaseStatus { conditions, ..status }
+    let conditions = status
+        .conditions
+        .into_iter()
+        .filter(|c| c.type_ != crate::api::conditions::REACHABLE)
+        .collect();
+    ReleaseStatus {
+        conditions,
+        ..status
+    }
 }

@@ -23,7 +23,11 @@ pub struct Slots {
 impl Slots {
     /// `limit` builds at once.
     pub fn new(limit: usize) -> Self {
-        Self { limit, given: BTreeSet::new(), waiting: VecDeque::new() }
+        Self {
+            limit,
+            given: BTreeSet::new(),
+            waiting: VecDeque::new(),
+        }
     }
 
     /// Asks for a slot, or asks how far it is. `running` are the apps whose builds are seen.
@@ -33,9 +37,15 @@ impl Slots {
             return SlotView::Granted;
         }
         if !self.waiting.iter().any(|(_, apps)| apps.contains(app)) {
-            match self.waiting.iter_mut().find(|(namespace, _)| namespace == app.namespace()) {
+            match self
+                .waiting
+                .iter_mut()
+                .find(|(namespace, _)| namespace == app.namespace())
+            {
                 Some((_, apps)) => apps.push_back(app.clone()),
-                None => self.waiting.push_back((app.namespace().to_owned(), VecDeque::from([app.clone()]))),
+                None => self
+                    .waiting
+                    .push_back((app.namespace().to_owned(), VecDeque::from([app.clone()]))),
             }
         }
         let order = self.order();
@@ -47,7 +57,10 @@ impl Slots {
             return SlotView::Granted;
         }
         let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
-        SlotView::Queued { position: number(position + 1), of: number(order.len()) }
+        SlotView::Queued {
+            position: number(position + 1),
+            of: number(order.len()),
+        }
     }
 
     /// The app wants no slot any more, or has not used the one it was given.
@@ -61,13 +74,28 @@ impl Slots {
 
     /// All who wait, in the order in which they will be served.
     pub fn order(&self) -> Vec<AppName> {
-        let longest = self.waiting.iter().map(|(_, apps)| apps.len()).max().unwrap_or(0);
-        (0..longest).flat_map(|turn| self.waiting.iter().filter_map(move |(_, apps)| apps.get(turn)).cloned()).collect()
+        let longest = self
+            .waiting
+            .iter()
+            .map(|(_, apps)| apps.len())
+            .max()
+            .unwrap_or(0);
+        (0..longest)
+            .flat_map(|turn| {
+                self.waiting
+                    .iter()
+                    .filter_map(move |(_, apps)| apps.get(turn))
+                    .cloned()
+            })
+            .collect()
     }
 
     /// Takes an app out of the queue; its namespace goes to the end.
     fn take(&mut self, app: &AppName) {
-        if let Some(at) = self.waiting.iter().position(|(namespace, _)| namespace == app.namespace())
+        if let Some(at) = self
+            .waiting
+            .iter()
+            .position(|(namespace, _)| namespace == app.namespace())
             && let Some((namespace, mut apps)) = self.waiting.remove(at)
         {
             apps.retain(|waiting| waiting != app);
@@ -95,12 +123,28 @@ mod tests {
         let mut slots = Slots::new(2);
         assert_eq!(slots.ask(&app("a.x"), &running(&[])), SlotView::Granted);
         assert_eq!(slots.ask(&app("a.y"), &running(&[])), SlotView::Granted);
-        assert_eq!(slots.ask(&app("a.z"), &running(&["a.x"])), SlotView::Queued { position: 1, of: 1 });
-        assert_eq!(slots.ask(&app("a.w"), &running(&["a.x", "a.y"])), SlotView::Queued { position: 2, of: 2 });
+        assert_eq!(
+            slots.ask(&app("a.z"), &running(&["a.x"])),
+            SlotView::Queued { position: 1, of: 1 }
+        );
+        assert_eq!(
+            slots.ask(&app("a.w"), &running(&["a.x", "a.y"])),
+            SlotView::Queued { position: 2, of: 2 }
+        );
         // The later one does not overtake when a slot comes free.
-        assert_eq!(slots.ask(&app("a.w"), &running(&["a.y"])), SlotView::Queued { position: 2, of: 2 });
-        assert_eq!(slots.ask(&app("a.z"), &running(&["a.y"])), SlotView::Granted);
-        assert_eq!(slots.ask(&app("a.z"), &running(&["a.y"])), SlotView::Granted, "asking again changes nothing");
+        assert_eq!(
+            slots.ask(&app("a.w"), &running(&["a.y"])),
+            SlotView::Queued { position: 2, of: 2 }
+        );
+        assert_eq!(
+            slots.ask(&app("a.z"), &running(&["a.y"])),
+            SlotView::Granted
+        );
+        assert_eq!(
+            slots.ask(&app("a.z"), &running(&["a.y"])),
+            SlotView::Granted,
+            "asking again changes nothing"
+        );
     }
 
     #[test]
@@ -120,14 +164,20 @@ mod tests {
     #[test]
     fn builds_that_run_since_before_the_agent_started_count() {
         let mut slots = Slots::new(1);
-        assert_eq!(slots.ask(&app("a.x"), &running(&["z.z"])), SlotView::Queued { position: 1, of: 1 });
+        assert_eq!(
+            slots.ask(&app("a.x"), &running(&["z.z"])),
+            SlotView::Queued { position: 1, of: 1 }
+        );
     }
 
     #[test]
     fn who_withdraws_makes_room() {
         let mut slots = Slots::new(1);
         assert_eq!(slots.ask(&app("a.x"), &running(&[])), SlotView::Granted);
-        assert_eq!(slots.ask(&app("a.y"), &running(&[])), SlotView::Queued { position: 1, of: 1 });
+        assert_eq!(
+            slots.ask(&app("a.y"), &running(&[])),
+            SlotView::Queued { position: 1, of: 1 }
+        );
         slots.withdraw(&app("a.x"));
         assert_eq!(slots.ask(&app("a.y"), &running(&[])), SlotView::Granted);
     }

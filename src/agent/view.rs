@@ -9,7 +9,9 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use super::host::proxy::VirtualHost;
-use super::host::records::{AppliedRecord, AttemptRecord, BuildKey, RecordedFailure, StepResult, Wish};
+use super::host::records::{
+    AppliedRecord, AttemptRecord, BuildKey, RecordedFailure, StepResult, Wish,
+};
 use crate::api::names::{AppName, ReleaseId};
 
 /// Everything that is known of one app at one moment.

@@ -92,7 +92,9 @@ pub async fn files(node: Arc<Node>, folder: &Path) {
 
 fn wake_unit(node: &Node, name: &str) {
     match unit::parse_unit_name(name) {
-        Some(OwnUnit::Target(app) | OwnUnit::Service { app, .. } | OwnUnit::Build { app, .. }) => node.trigger.wake(app),
+        Some(OwnUnit::Target(app) | OwnUnit::Service { app, .. } | OwnUnit::Build { app, .. }) => {
+            node.trigger.wake(app)
+        }
         Some(OwnUnit::Fetch { .. }) => node.mirrors.dirty(),
         Some(OwnUnit::Agent) | None => {}
     }

@@ -7,24 +7,48 @@ use crate::agent::view::{Activity, FileView, HeldUp, Observed, Wanted};
 
 /// The plan of an app that is to go or is going; nothing for others.
 pub(super) fn plan(observed: &Observed) -> Option<Plan> {
-    let tombstone = observed.applied.as_ref().and_then(|applied| applied.removing.as_ref());
+    let tombstone = observed
+        .applied
+        .as_ref()
+        .and_then(|applied| applied.removing.as_ref());
     let keep_state = match (&observed.wanted, tombstone) {
         // Once begun it is finished, whatever is wanted meanwhile.
         (_, Some(removing)) => removing.keep_state,
         (Wanted::Removal { keep_state }, None) => *keep_state,
-        (Wanted::Unknown | Wanted::Absent | Wanted::Release(_) | Wanted::Invalid { .. }, None) => return None,
+        (Wanted::Unknown | Wanted::Absent | Wanted::Release(_) | Wanted::Invalid { .. }, None) => {
+            return None;
+        }
     };
     if is_gone(observed) {
-        return Some(Plan { steps: vec![], progress: Progress::Removed, drift: vec![], wake: None });
+        return Some(Plan {
+            steps: vec![],
+            progress: Progress::Removed,
+            drift: vec![],
+            wake: None,
+        });
     }
-    let mut plan = Plan { steps: vec![], progress: Progress::Removing, drift: vec![], wake: None };
+    let mut plan = Plan {
+        steps: vec![],
+        progress: Progress::Removing,
+        drift: vec![],
+        wake: None,
+    };
     if tombstone.is_none() {
         plan.steps.push(Step::WriteApplied(Box::new(AppliedRecord {
             version: RECORD_VERSION,
             app: observed.app.clone(),
-            deployment_uid: observed.applied.as_ref().and_then(|applied| applied.deployment_uid.clone()),
-            release: observed.applied.as_ref().and_then(|applied| applied.release.clone()),
-            removing: Some(Removing { since: observed.wall, keep_state }),
+            deployment_uid: observed
+                .applied
+                .as_ref()
+                .and_then(|applied| applied.deployment_uid.clone()),
+            release: observed
+                .applied
+                .as_ref()
+                .and_then(|applied| applied.release.clone()),
+            removing: Some(Removing {
+                since: observed.wall,
+                keep_state,
+            }),
         })));
     }
     // A failed step is not gone past, and not repeated without end.

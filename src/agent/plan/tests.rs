@@ -22,7 +22,11 @@ fn running(number: u8) -> World {
 
 fn failed_for(world: &World) -> Option<Reason> {
     match world.attempt.as_ref()?.outcome.as_ref()? {
-        Outcome::Failed { failure: RecordedFailure { reason, .. }, undone: true, .. } => Some(*reason),
+        Outcome::Failed {
+            failure: RecordedFailure { reason, .. },
+            undone: true,
+            ..
+        } => Some(*reason),
         Outcome::Failed { .. } | Outcome::Committed { .. } | Outcome::Superseded { .. } => None,
     }
 }
@@ -83,7 +87,13 @@ fn at_rest_there_is_nothing_to_do() {
 fn a_change_of_configuration_alone_builds_nothing_and_leaves_the_unchanged_process_alone() {
     let mut world = running(1);
     let worker = world.unit_of("worker");
-    world.want(Draft { web: 'b', ..Draft { number: 2, ..draft(1) } });
+    world.want(Draft {
+        web: 'b',
+        ..Draft {
+            number: 2,
+            ..draft(1)
+        }
+    });
     world.settle();
     world.check_settled();
     assert_eq!(world.serving(), Some(release_id(2)));
@@ -95,23 +105,35 @@ fn a_change_of_configuration_alone_builds_nothing_and_leaves_the_unchanged_proce
 fn another_attempt_of_the_same_content_moves_nothing_but_the_names() {
     let mut world = running(1);
     let (web, worker) = (world.unit_of("web"), world.unit_of("worker"));
-    world.want(Draft { number: 2, ..draft(1) });
+    world.want(Draft {
+        number: 2,
+        ..draft(1)
+    });
     world.settle();
     world.check_settled();
     assert_eq!(world.serving(), Some(release_id(2)));
-    assert_eq!((world.unit_of("web"), world.unit_of("worker")), (web, worker));
+    assert_eq!(
+        (world.unit_of("web"), world.unit_of("worker")),
+        (web, worker)
+    );
 }
 
 #[test]
 fn an_app_without_a_route_has_no_virtual_host() {
     let mut world = World::new();
-    world.want(Draft { routed: false, ..draft(1) });
+    world.want(Draft {
+        routed: false,
+        ..draft(1)
+    });
     world.settle();
     world.check_settled();
     world.want(draft(2));
     world.settle();
     world.check_settled();
-    world.want(Draft { routed: false, ..draft(3) });
+    world.want(Draft {
+        routed: false,
+        ..draft(3)
+    });
     world.settle();
     world.check_settled();
     assert_eq!(world.serving(), Some(release_id(3)));
@@ -129,9 +151,15 @@ fn each_failure_before_the_commit_keeps_the_running_release() {
         world.fates.insert(2, fate);
         world.want(draft(2));
         let progress = world.settle();
-        assert!(matches!(&progress, Progress::Failed(failure) if failure.reason == reason), "{fate:?}: {progress:?}");
+        assert!(
+            matches!(&progress, Progress::Failed(failure) if failure.reason == reason),
+            "{fate:?}: {progress:?}"
+        );
         world.check_settled();
-        assert_eq!((world.serving(), world.unit_of("web")), (Some(release_id(1)), web));
+        assert_eq!(
+            (world.serving(), world.unit_of("web")),
+            (Some(release_id(1)), web)
+        );
         assert_eq!(failed_for(&world), Some(reason));
 
         // It is not tried again, whatever restarts; another wish is.
@@ -140,7 +168,11 @@ fn each_failure_before_the_commit_keeps_the_running_release() {
         world.settle();
         world.reboot();
         world.settle();
-        assert_eq!((world.build_starts, failed_for(&world)), (starts, Some(reason)), "{fate:?}");
+        assert_eq!(
+            (world.build_starts, failed_for(&world)),
+            (starts, Some(reason)),
+            "{fate:?}"
+        );
         world.want(draft(3));
         world.settle();
         world.check_settled();
@@ -170,7 +202,12 @@ fn going_back_after_a_failure_is_a_decision_and_tries_nothing() {
     world.want(draft(1));
     assert_eq!(world.settle(), Progress::Idle);
     world.check_settled();
-    assert_eq!(world.steps_done() - before, 1, "only the wish is written down:\n{}", world.log.join("\n"));
+    assert_eq!(
+        world.steps_done() - before,
+        1,
+        "only the wish is written down:\n{}",
+        world.log.join("\n")
+    );
 }
 
 #[test]
@@ -203,7 +240,10 @@ fn a_proxy_that_is_down_holds_the_attempt_up_and_leaves_the_old_running() {
     }
     world.round(usize::MAX);
     let (plan, _) = world.round(0);
-    assert!(matches!(&plan.progress, Progress::HeldUp(Phase::Switching, f) if f.reason == Reason::ProxyUnavailable), "{plan:?}");
+    assert!(
+        matches!(&plan.progress, Progress::HeldUp(Phase::Switching, f) if f.reason == Reason::ProxyUnavailable),
+        "{plan:?}"
+    );
     assert_eq!(world.serving(), Some(release_id(1)));
     world.proxy_down = false;
     world.settle();
@@ -222,7 +262,10 @@ fn a_host_of_another_app_holds_the_attempt_up_until_it_is_free() {
         }
     }
     let (plan, _) = world.round(0);
-    assert!(matches!(&plan.progress, Progress::HeldUp(Phase::Starting, f) if f.reason == Reason::RouteConflict), "{plan:?}");
+    assert!(
+        matches!(&plan.progress, Progress::HeldUp(Phase::Starting, f) if f.reason == Reason::RouteConflict),
+        "{plan:?}"
+    );
     world.conflict = false;
     world.settle();
     world.check_settled();
@@ -238,7 +281,10 @@ fn without_a_slot_nothing_is_built_and_the_place_in_the_queue_is_told() {
         world.round(usize::MAX);
     }
     let (plan, done) = world.round(usize::MAX);
-    assert_eq!((plan.progress, done), (Progress::Queued { position: 2, of: 5 }, 0));
+    assert_eq!(
+        (plan.progress, done),
+        (Progress::Queued { position: 2, of: 5 }, 0)
+    );
     assert_eq!(world.build_starts, 1);
 }
 
@@ -287,7 +333,11 @@ fn a_superseded_build_is_killed_by_the_next_step() {
     world.want(draft(3));
     let (_, _) = world.round(usize::MAX);
     let (plan, _) = world.round(usize::MAX);
-    assert!(matches!(plan.steps.first(), Some(Step::StopBuild { kill: true, .. })), "{:?}", plan.steps);
+    assert!(
+        matches!(plan.steps.first(), Some(Step::StopBuild { kill: true, .. })),
+        "{:?}",
+        plan.steps
+    );
 }
 
 #[test]
@@ -314,8 +364,17 @@ fn an_agent_killed_at_every_step_carries_on_and_builds_once() {
             world.settle();
             world.check_settled();
             if known || api {
-                assert_eq!(world.serving(), Some(release_id(2)), "after {steps} steps, api {api}");
-                assert_eq!(world.build_starts, 2, "after {steps} steps, api {api}\n{}", world.log.join("\n"));
+                assert_eq!(
+                    world.serving(),
+                    Some(release_id(2)),
+                    "after {steps} steps, api {api}"
+                );
+                assert_eq!(
+                    world.build_starts,
+                    2,
+                    "after {steps} steps, api {api}\n{}",
+                    world.log.join("\n")
+                );
             }
         }
     }
@@ -383,8 +442,15 @@ fn the_absence_of_a_release_removes_nothing() {
 #[test]
 fn a_spec_that_cannot_be_carried_out_holds_what_runs() {
     let mut world = running(1);
-    let failure = RecordedFailure { reason: Reason::InvalidSpec, message: "m".into(), log_tail: None };
-    world.wanted = Wanted::Invalid { release_id: release_id(2), failure: failure.clone() };
+    let failure = RecordedFailure {
+        reason: Reason::InvalidSpec,
+        message: "m".into(),
+        log_tail: None,
+    };
+    world.wanted = Wanted::Invalid {
+        release_id: release_id(2),
+        failure: failure.clone(),
+    };
     assert_eq!(world.settle(), Progress::HeldUp(Phase::Pending, failure));
     world.check_settled();
     assert_eq!(world.serving(), Some(release_id(1)));
@@ -408,7 +474,13 @@ enum Event {
 }
 
 fn event() -> impl Strategy<Value = Event> {
-    let wish = (1u8..6, 1u8..4, prop::sample::select(vec!['a', 'b']), prop::sample::select(vec!['a', 'b']), any::<bool>());
+    let wish = (
+        1u8..6,
+        1u8..4,
+        prop::sample::select(vec!['a', 'b']),
+        prop::sample::select(vec!['a', 'b']),
+        any::<bool>(),
+    );
     prop_oneof![
         // A release id always names the same content.
         4 => wish.prop_map(|(commit, number, web, worker, routed)| {

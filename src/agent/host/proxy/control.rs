@@ -205,7 +205,10 @@ impl Proxy {
             // An agent that was killed in a reload left it.
             Closing::end();
         }
-        if self.measure_settings().await.is_err() {
+        // The first reload makes its log: now, so that the first app leaves nothing behind that was not
+        // there before it.
+        let never_reloaded = store::read(&Path::new(RUN_FOLDER).join("reload.log"))?.is_none();
+        if never_reloaded || self.measure_settings().await.is_err() {
             self.reload().await?;
         }
         match self.measure_settings().await {

@@ -37,7 +37,7 @@ pub struct Traffic {
 }
 
 /// Opens a connection to a node; a test's network may be one that only a thread of its own reaches.
-pub trait Connect: Clone + Send + 'static {
+pub trait Connect: Clone + Send + Sync + 'static {
     /// Opens it.
     fn connect(&self, to: SocketAddr) -> impl Future<Output = std::io::Result<TcpStream>> + Send;
 }

@@ -45,7 +45,9 @@ enum Transport {
 
 /// A text that is not a [`SourceUrl`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is not the url of a repository: it must be https://host/path, ssh://[user@]host[:port]/path, user@host:path, http://host/path or git://host/path, without spaces and without a password")]
+#[error(
+    "{text:?} is not the url of a repository: it must be https://host/path, ssh://[user@]host[:port]/path, user@host:path, http://host/path or git://host/path, without spaces and without a password"
+)]
 pub struct SourceUrlError {
     text: String,
 }
@@ -56,7 +58,9 @@ const LONGEST_URL_BYTES: usize = 1024;
 impl SourceUrl {
     /// Refuses all that git could take for an option, a helper or a path of the node.
     pub fn parse(text: &str) -> Result<Self, SourceUrlError> {
-        let refused = || SourceUrlError { text: text.to_owned() };
+        let refused = || SourceUrlError {
+            text: text.to_owned(),
+        };
         if text.len() > LONGEST_URL_BYTES || !text.bytes().all(|b| (b'!'..=b'~').contains(&b)) {
             return Err(refused());
         }
@@ -87,14 +91,21 @@ impl SourceUrl {
         let is_user = |user: &str| {
             transport == Transport::Ssh
                 && user.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
-                && user.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
+                && user
+                    .chars()
+                    .all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
         };
         let is_host = host.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '[')
-            && host.chars().all(|c| c.is_ascii_alphanumeric() || ".-:[]".contains(c));
+            && host
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || ".-:[]".contains(c));
         if path.is_empty() || !is_host || !user.is_none_or(is_user) {
             return Err(refused());
         }
-        Ok(Self { text: text.to_owned(), transport })
+        Ok(Self {
+            text: text.to_owned(),
+            transport,
+        })
     }
 
     /// The url as it was written.
@@ -169,13 +180,36 @@ mod tests {
             "ssh://git.example.com/~me/shop.git",
             "git@github.com:kari/shop.git",
         ] {
-            assert_eq!(SourceUrl::parse(good).as_ref().map(SourceUrl::as_str), Ok(good));
+            assert_eq!(
+                SourceUrl::parse(good).as_ref().map(SourceUrl::as_str),
+                Ok(good)
+            );
         }
         for bad in [
-            "", "/srv/git/shop.git", "./shop", "file:///srv/shop.git", "ext::sh -c id", "ext::id", "fd::3", "a::b@c:d",
-            "--upload-pack=id", "-u@h:p", "ssh://-oProxyCommand=id/x", "ssh://a@-oProxyCommand=id/x", "git@-oProxyCommand=id:x",
-            "https://user:secret@host/x", "https://user@host/x", "ssh://user:secret@host/x", "https://host", "https:///x", "git@host:",
-            "https://host/a b", "https://host/a\nb", "HTTPS://host/a", "shop:x", "host/x@y:z",
+            "",
+            "/srv/git/shop.git",
+            "./shop",
+            "file:///srv/shop.git",
+            "ext::sh -c id",
+            "ext::id",
+            "fd::3",
+            "a::b@c:d",
+            "--upload-pack=id",
+            "-u@h:p",
+            "ssh://-oProxyCommand=id/x",
+            "ssh://a@-oProxyCommand=id/x",
+            "git@-oProxyCommand=id:x",
+            "https://user:secret@host/x",
+            "https://user@host/x",
+            "ssh://user:secret@host/x",
+            "https://host",
+            "https:///x",
+            "git@host:",
+            "https://host/a b",
+            "https://host/a\nb",
+            "HTTPS://host/a",
+            "shop:x",
+            "host/x@y:z",
         ] {
             assert!(SourceUrl::parse(bad).is_err(), "{bad}");
         }

@@ -37,7 +37,9 @@ pub enum PortError {
 /// Picks a port of `range` that is in no record (`held`) and that can be bound on every address.
 /// The search starts at a random place, so that a port which somebody lost is not given out again at once.
 pub fn pick(range: &RangeInclusive<u16>, held: &BTreeSet<u16>) -> Result<u16, PortError> {
-    let exhausted = || PortError::Exhausted { range: range.clone() };
+    let exhausted = || PortError::Exhausted {
+        range: range.clone(),
+    };
     if range.is_empty() {
         return Err(exhausted());
     }
@@ -50,11 +52,16 @@ pub fn pick(range: &RangeInclusive<u16>, held: &BTreeSet<u16>) -> Result<u16, Po
 
 /// Whether the port can be bound on all addresses of both families; a node without IPv6 has one.
 fn is_free(port: u16) -> bool {
-    let everywhere = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
-    everywhere.iter().all(|address| match TcpListener::bind((*address, port)) {
-        Ok(_) => true,
-        Err(error) => address.is_ipv6() && error.kind() != io::ErrorKind::AddrInUse,
-    })
+    let everywhere = [
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    ];
+    everywhere
+        .iter()
+        .all(|address| match TcpListener::bind((*address, port)) {
+            Ok(_) => true,
+            Err(error) => address.is_ipv6() && error.kind() != io::ErrorKind::AddrInUse,
+        })
 }
 
 /// A socket that listens.
@@ -147,9 +154,15 @@ pub enum PortState {
 /// whatever address: beside a listener on `[::]` for IPv6 alone, anybody can bind 127.0.0.1 and get
 /// the app's requests.
 pub fn port_state(listeners: &[Listener], port: u16, uid: u32) -> PortState {
-    let mut on_port = listeners.iter().filter(|listener| listener.address.port() == port).peekable();
+    let mut on_port = listeners
+        .iter()
+        .filter(|listener| listener.address.port() == port)
+        .peekable();
     if let Some(stranger) = on_port.clone().find(|listener| listener.uid != uid) {
-        return PortState::Foreign { uid: stranger.uid, address: stranger.address };
+        return PortState::Foreign {
+            uid: stranger.uid,
+            address: stranger.address,
+        };
     }
     match on_port.peek() {
         None => PortState::Silent,
@@ -179,29 +192,40 @@ fn is_reached_by_loopback(address: IpAddr) -> bool {
 /// cannot be found (another PID namespace), its user is named, unless `own` may be it.
 pub fn holder_of(port: u16, own: &BTreeSet<u32>) -> Option<String> {
     let listeners = listeners().ok()?;
-    let on_port: Vec<_> = listeners.iter().filter(|listener| listener.address.port() == port).collect();
+    let on_port: Vec<_> = listeners
+        .iter()
+        .filter(|listener| listener.address.port() == port)
+        .collect();
     let inodes: BTreeSet<u64> = on_port.iter().map(|listener| listener.inode).collect();
     let pids = pids_with_socket(&inodes);
     if let Some(pid) = pids.iter().find(|pid| !own.contains(pid)) {
         let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        let unit = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok().and_then(|text| unit_of_cgroup(&text));
+        let unit = fs::read_to_string(format!("/proc/{pid}/cgroup"))
+            .ok()
+            .and_then(|text| unit_of_cgroup(&text));
         let unit = unit.map(|unit| format!(" of {unit}")).unwrap_or_default();
         return Some(format!("{} (pid {pid}){unit}", name.trim()));
     }
-    let stranger = on_port.first().filter(|_| pids.is_empty() && own.is_empty())?;
+    let stranger = on_port
+        .first()
+        .filter(|_| pids.is_empty() && own.is_empty())?;
     Some(format!("a process of uid {}", stranger.uid))
 }
 
 /// The processes that have one of the sockets open, as far as /proc shows them.
 fn pids_with_socket(inodes: &BTreeSet<u64>) -> BTreeSet<u32> {
-    let wanted: BTreeSet<String> = inodes.iter().map(|inode| format!("socket:[{inode}]")).collect();
+    let wanted: BTreeSet<String> = inodes
+        .iter()
+        .map(|inode| format!("socket:[{inode}]"))
+        .collect();
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     processes
         .filter_map(|entry| {
             let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
             let mut files = fs::read_dir(entry.path().join("fd")).ok()?.flatten();
             let has_it = files.any(|file| {
-                fs::read_link(file.path()).is_ok_and(|target| target.to_str().is_some_and(|t| wanted.contains(t)))
+                fs::read_link(file.path())
+                    .is_ok_and(|target| target.to_str().is_some_and(|t| wanted.contains(t)))
             });
             has_it.then_some(pid)
         })
@@ -210,8 +234,16 @@ fn pids_with_socket(inodes: &BTreeSet<u64>) -> BTreeSet<u32> {
 
 /// The unit that a process is in, by /proc/<pid>/cgroup of either version.
 fn unit_of_cgroup(text: &str) -> Option<String> {
-    let path = text.lines().find_map(|line| line.split_once(":name=systemd:").or_else(|| line.split_once("0::")))?.1;
-    let unit = path.rsplit('/').find(|part| part.ends_with(".service") || part.ends_with(".scope"))?;
+    let path = text
+        .lines()
+        .find_map(|line| {
+            line.split_once(":name=systemd:")
+                .or_else(|| line.split_once("0::"))
+        })?
+        .1;
+    let unit = path
+        .rsplit('/')
+        .find(|part| part.ends_with(".service") || part.ends_with(".scope"))?;
     Some(unit.to_owned())
 }
 
@@ -241,14 +273,24 @@ mod tests {
 ";
 
     fn at(address: &str, uid: u32) -> Listener {
-        Listener { address: address.parse().unwrap_or_else(|e| panic!("{address}: {e}")), uid, inode: 1 }
+        Listener {
+            address: address.parse().unwrap_or_else(|e| panic!("{address}: {e}")),
+            uid,
+            inode: 1,
+        }
     }
 
     #[test]
     #[cfg(target_endian = "little")]
     fn the_kernels_list_is_read_and_connections_are_left_out() {
-        let read: Vec<_> = [TCP, TCP6].iter().flat_map(|text| parse_listeners(text)).collect();
-        let told: Vec<_> = read.iter().map(|l| (l.address.to_string(), l.uid, l.inode)).collect();
+        let read: Vec<_> = [TCP, TCP6]
+            .iter()
+            .flat_map(|text| parse_listeners(text))
+            .collect();
+        let told: Vec<_> = read
+            .iter()
+            .map(|l| (l.address.to_string(), l.uid, l.inode))
+            .collect();
         assert_eq!(
             told,
             [
@@ -266,26 +308,57 @@ mod tests {
         let app = 50001;
         let own = |address| vec![at(address, app)];
         assert_eq!(port_state(&[], 20000, app), PortState::Silent);
-        assert_eq!(port_state(&own("127.0.0.1:20001"), 20000, app), PortState::Silent);
-        for reached in ["127.0.0.1:20000", "0.0.0.0:20000", "[::]:20000", "[::ffff:127.0.0.1]:20000"] {
-            assert_eq!(port_state(&own(reached), 20000, app), PortState::Owned, "{reached}");
+        assert_eq!(
+            port_state(&own("127.0.0.1:20001"), 20000, app),
+            PortState::Silent
+        );
+        for reached in [
+            "127.0.0.1:20000",
+            "0.0.0.0:20000",
+            "[::]:20000",
+            "[::ffff:127.0.0.1]:20000",
+        ] {
+            assert_eq!(
+                port_state(&own(reached), 20000, app),
+                PortState::Owned,
+                "{reached}"
+            );
         }
         for missed in ["[::1]:20000", "127.0.0.2:20000", "10.0.0.1:20000"] {
             let address = own(missed)[0].address;
-            assert_eq!(port_state(&own(missed), 20000, app), PortState::Unreachable { address }, "{missed}");
+            assert_eq!(
+                port_state(&own(missed), 20000, app),
+                PortState::Unreachable { address },
+                "{missed}"
+            );
         }
         let both = [at("[::1]:20000", app), at("127.0.0.1:20000", app)];
         assert_eq!(port_state(&both, 20000, app), PortState::Owned);
         let thief = [at("[::]:20000", app), at("127.0.0.1:20000", 7)];
-        assert_eq!(port_state(&thief, 20000, app), PortState::Foreign { uid: 7, address: thief[1].address });
+        assert_eq!(
+            port_state(&thief, 20000, app),
+            PortState::Foreign {
+                uid: 7,
+                address: thief[1].address
+            }
+        );
     }
 
     #[test]
     fn a_process_is_told_by_its_unit_on_either_version_of_cgroups() {
         for (text, unit) in [
-            ("12:cpu:/x\n1:name=systemd:/system.slice/nginx.service\n0::/\n", Some("nginx.service")),
-            ("0::/system.slice/apache2.service\n", Some("apache2.service")),
-            ("0::/user.slice/user-0.slice/session-1.scope\n", Some("session-1.scope")),
+            (
+                "12:cpu:/x\n1:name=systemd:/system.slice/nginx.service\n0::/\n",
+                Some("nginx.service"),
+            ),
+            (
+                "0::/system.slice/apache2.service\n",
+                Some("apache2.service"),
+            ),
+            (
+                "0::/user.slice/user-0.slice/session-1.scope\n",
+                Some("session-1.scope"),
+            ),
             ("0::/\n", None),
             ("", None),
         ] {
@@ -296,7 +369,10 @@ mod tests {
     #[test]
     fn the_holder_of_a_port_is_named_unless_it_is_our_own() {
         let socket = TcpListener::bind(("127.0.0.1", 0)).unwrap_or_else(|e| panic!("{e}"));
-        let port = socket.local_addr().map(|a| a.port()).unwrap_or_else(|e| panic!("{e}"));
+        let port = socket
+            .local_addr()
+            .map(|a| a.port())
+            .unwrap_or_else(|e| panic!("{e}"));
         let this = std::process::id();
         let holder = holder_of(port, &BTreeSet::new()).unwrap_or_default();
         assert!(holder.contains(&format!("(pid {this})")), "{holder}");
@@ -308,11 +384,20 @@ mod tests {
     #[test]
     fn a_port_that_is_bound_or_held_is_never_picked() {
         let taken = TcpListener::bind(("127.0.0.1", 0)).unwrap_or_else(|e| panic!("{e}"));
-        let port = taken.local_addr().map(|a| a.port()).unwrap_or_else(|e| panic!("{e}"));
-        assert!(matches!(pick(&(port..=port), &BTreeSet::new()), Err(PortError::Exhausted { .. })));
+        let port = taken
+            .local_addr()
+            .map(|a| a.port())
+            .unwrap_or_else(|e| panic!("{e}"));
+        assert!(matches!(
+            pick(&(port..=port), &BTreeSet::new()),
+            Err(PortError::Exhausted { .. })
+        ));
         drop(taken);
         assert_eq!(pick(&(port..=port), &BTreeSet::new()).ok(), Some(port));
-        assert!(matches!(pick(&(port..=port), &BTreeSet::from([port])), Err(PortError::Exhausted { .. })));
+        assert!(matches!(
+            pick(&(port..=port), &BTreeSet::from([port])),
+            Err(PortError::Exhausted { .. })
+        ));
     }
 
     #[test]
@@ -320,6 +405,9 @@ mod tests {
         let socket = TcpListener::bind(("127.0.0.1", 0)).unwrap_or_else(|e| panic!("{e}"));
         let address = socket.local_addr().unwrap_or_else(|e| panic!("{e}"));
         let all = listeners().unwrap_or_else(|e| panic!("{e}"));
-        assert!(all.iter().any(|listener| listener.address == address), "{address} is not in {all:?}");
+        assert!(
+            all.iter().any(|listener| listener.address == address),
+            "{address} is not in {all:?}"
+        );
     }
 }

@@ -51,16 +51,28 @@ impl Check {
         let target = match &probe.http_get {
             None => Target::Tcp,
             Some(get) => {
-                let mut headers: Vec<_> =
-                    get.http_headers.iter().map(|header| (header.name.clone(), header.value.clone())).collect();
-                if !headers.iter().any(|(name, _)| name.eq_ignore_ascii_case(HOST.as_str())) {
+                let mut headers: Vec<_> = get
+                    .http_headers
+                    .iter()
+                    .map(|header| (header.name.clone(), header.value.clone()))
+                    .collect();
+                if !headers
+                    .iter()
+                    .any(|(name, _)| name.eq_ignore_ascii_case(HOST.as_str()))
+                {
                     let host = route_host.unwrap_or("127.0.0.1");
                     headers.push((HOST.to_string(), host.replacen('*', ANY_LABEL, 1)));
                 }
-                Target::Http { path: get.path.clone(), headers }
+                Target::Http {
+                    path: get.path.clone(),
+                    headers,
+                }
             }
         };
-        Self { target, timeout: Duration::from_secs(probe.timeout_seconds.into()) }
+        Self {
+            target,
+            timeout: Duration::from_secs(probe.timeout_seconds.into()),
+        }
     }
 }
 
@@ -117,14 +129,20 @@ pub enum ProbeError {
 
 /// Checks the process behind `port` once; ends within the check's timeout.
 pub async fn check(check: &Check, port: u16) -> Result<(), ProbeError> {
-    let Check { target, timeout: after } = check;
+    let Check {
+        target,
+        timeout: after,
+    } = check;
     let checked = timeout(*after, async {
         match target {
             Target::Tcp => connect(port).await.map(drop),
             Target::Http { path, headers } => check_http(port, path, headers).await,
         }
     });
-    checked.await.unwrap_or(Err(ProbeError::TimedOut { port, after: *after }))
+    checked.await.unwrap_or(Err(ProbeError::TimedOut {
+        port,
+        after: *after,
+    }))
 }
 
 async fn check_http(port: u16, path: &str, headers: &[(String, String)]) -> Result<(), ProbeError> {
@@ -134,8 +152,16 @@ async fn check_http(port: u16, path: &str, headers: &[(String, String)]) -> Resu
         return Ok(());
     }
     let body = String::from_utf8_lossy(&answer.body);
-    let shown = body.chars().map(|c| if c.is_control() { ' ' } else { c }).take(SHOWN_CHARACTERS).collect::<String>();
-    Err(ProbeError::Status { path: path.to_owned(), status, body: shown.trim().to_owned() })
+    let shown = body
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .take(SHOWN_CHARACTERS)
+        .collect::<String>();
+    Err(ProbeError::Status {
+        path: path.to_owned(),
+        status,
+        body: shown.trim().to_owned(),
+    })
 }
 
 /// An answer to a request of the agent's own.
@@ -150,13 +176,24 @@ pub(super) struct Answer {
 }
 
 /// Asks 127.0.0.1 on a connection of its own. No time limit: that is the caller's.
-pub(super) async fn get(port: u16, path: &str, headers: &[(String, String)]) -> Result<Answer, ProbeError> {
-    let not_http = |message: String| ProbeError::Http { path: path.to_owned(), message };
-    let mut request = Request::get(path).header(USER_AGENT, AGENT_NAME).header(CONNECTION, "close");
+pub(super) async fn get(
+    port: u16,
+    path: &str,
+    headers: &[(String, String)],
+) -> Result<Answer, ProbeError> {
+    let not_http = |message: String| ProbeError::Http {
+        path: path.to_owned(),
+        message,
+    };
+    let mut request = Request::get(path)
+        .header(USER_AGENT, AGENT_NAME)
+        .header(CONNECTION, "close");
     for (name, value) in headers {
         request = request.header(name, value);
     }
-    let request = request.body(Empty::<Bytes>::new()).map_err(|error| not_http(error.to_string()))?;
+    let request = request
+        .body(Empty::<Bytes>::new())
+        .map_err(|error| not_http(error.to_string()))?;
 
     let stream = connect(port).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
@@ -164,17 +201,30 @@ pub(super) async fn get(port: u16, path: &str, headers: &[(String, String)]) -> 
         .map_err(|error| not_http(error.to_string()))?;
     // Ends with the connection, and at the latest with this call.
     let _driver = AbortOnDrop(tokio::spawn(async { drop(connection.await) }).abort_handle());
-    let response: Response<Incoming> =
-        sender.send_request(request).await.map_err(|error| not_http(error.to_string()))?;
+    let response: Response<Incoming> = sender
+        .send_request(request)
+        .await
+        .map_err(|error| not_http(error.to_string()))?;
     let (head, body) = response.into_parts();
-    let body = Limited::new(body, ANSWER_LIMIT_BYTES).collect().await.map(|body| body.to_bytes()).unwrap_or_default();
-    Ok(Answer { status: head.status.as_u16(), headers: head.headers, body })
+    let body = Limited::new(body, ANSWER_LIMIT_BYTES)
+        .collect()
+        .await
+        .map(|body| body.to_bytes())
+        .unwrap_or_default();
+    Ok(Answer {
+        status: head.status.as_u16(),
+        headers: head.headers,
+        body,
+    })
 }
 
 async fn connect(port: u16) -> Result<TcpStream, ProbeError> {
     TcpStream::connect((Ipv4Addr::LOCALHOST, port))
         .await
-        .map_err(|error| ProbeError::Connect { port, message: error.to_string() })
+        .map_err(|error| ProbeError::Connect {
+            port,
+            message: error.to_string(),
+        })
 }
 
 struct AbortOnDrop(AbortHandle);

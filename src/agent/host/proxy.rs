@@ -29,7 +29,9 @@ pub struct HostName(String);
 
 /// A text that is not a [`HostName`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{value:?} is not a host name: it must be a lower-case DNS name of at most 253 characters, with an optional leading \"*.\"")]
+#[error(
+    "{value:?} is not a host name: it must be a lower-case DNS name of at most 253 characters, with an optional leading \"*.\""
+)]
 pub struct HostNameError {
     value: String,
 }
@@ -47,14 +49,18 @@ impl HostName {
         let name = text.strip_prefix("*.").unwrap_or(text);
         let is_label = |label: &str| {
             (1..=LONGEST_LABEL_CHARACTERS).contains(&label.len())
-                && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+                && label
+                    .bytes()
+                    .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
                 && !label.starts_with('-')
                 && !label.ends_with('-')
         };
         if text.len() <= LONGEST_HOST_CHARACTERS && name.split('.').all(is_label) {
             Ok(Self(text.to_owned()))
         } else {
-            Err(HostNameError { value: text.to_owned() })
+            Err(HostNameError {
+                value: text.to_owned(),
+            })
         }
     }
 
@@ -118,7 +124,12 @@ pub fn route_conflicts<'a>(
 ) -> Vec<(&'a HostName, &'a AppName)> {
     let others = served.iter().filter(|(other, _)| *other != app);
     others
-        .flat_map(|(other, hosts)| wanted.iter().filter(|host| hosts.contains(host)).map(move |host| (host, other)))
+        .flat_map(|(other, hosts)| {
+            wanted
+                .iter()
+                .filter(|host| hosts.contains(host))
+                .map(move |host| (host, other))
+        })
         .collect()
 }
 
@@ -146,7 +157,12 @@ impl ProxySettings {
         // The list of addresses: there only with IPv6, and empty where it is switched off.
         let ipv6 = std::fs::read("/proc/net/if_inet6").is_ok_and(|addresses| !addresses.is_empty());
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        Some(Self { http_port, nginx, ipv6, processors })
+        Some(Self {
+            http_port,
+            nginx,
+            ipv6,
+            processors,
+        })
     }
 }
 

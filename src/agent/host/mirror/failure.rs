@@ -22,30 +22,52 @@ const SHOWN_CHARACTERS: usize = 500;
 /// Reads the end of a fetch that did not succeed; `log` is the end of what git said, in the C locale.
 pub(super) fn diagnose(source: &SourceUrl, result: &StepResult, log: &str) -> Diagnosis {
     let said = last_words(log);
-    let failure = |reason, message: String| FetchFailure { reason, message: format!("cannot fetch {source}: {message}") };
-    let unavailable = |message: String| Diagnosis::Failed(failure(Reason::SourceUnavailable, message));
-    let StepResult { result, code, status } = result;
+    let failure = |reason, message: String| FetchFailure {
+        reason,
+        message: format!("cannot fetch {source}: {message}"),
+    };
+    let unavailable =
+        |message: String| Diagnosis::Failed(failure(Reason::SourceUnavailable, message));
+    let StepResult {
+        result,
+        code,
+        status,
+    } = result;
 
     match (result.as_str(), *code, *status) {
-        ("timeout", ..) => return unavailable("it did not end in time, and was stopped".to_owned()),
+        ("timeout", ..) => {
+            return unavailable("it did not end in time, and was stopped".to_owned());
+        }
         ("oom-kill", ..) | ("signal", 2, 9) => {
             return unavailable("git was killed, probably for its memory: the repository is too large for the limit".to_owned());
         }
         ("signal", _, 25) | ("core-dump", _, 25) => {
-            return unavailable("the repository has a pack that is larger than a file may be here".to_owned());
+            return unavailable(
+                "the repository has a pack that is larger than a file may be here".to_owned(),
+            );
         }
         ("exit-code", _, EXIT_COMMIT_MISSING) => {
-            let missing = log.lines().rev().find_map(|line| line.strip_prefix("kari: ")).unwrap_or("it has no such commit");
+            let missing = log
+                .lines()
+                .rev()
+                .find_map(|line| line.strip_prefix("kari: "))
+                .unwrap_or("it has no such commit");
             return Diagnosis::Failed(failure(
                 Reason::RefNotFound,
                 format!("{missing}: it is in no branch and no tag any more"),
             ));
         }
         ("exit-code", _, EXIT_DAMAGED) => {
-            return Diagnosis::Damaged(failure(Reason::SourceUnavailable, format!("the mirror on the node is damaged: {said}")));
+            return Diagnosis::Damaged(failure(
+                Reason::SourceUnavailable,
+                format!("the mirror on the node is damaged: {said}"),
+            ));
         }
         ("exit-code", _, 127) => {
-            return Diagnosis::Failed(failure(Reason::ToolMissing, format!("a program is missing on the node: {said}")));
+            return Diagnosis::Failed(failure(
+                Reason::ToolMissing,
+                format!("a program is missing on the node: {said}"),
+            ));
         }
         _ => {}
     }
@@ -67,13 +89,23 @@ pub(super) fn diagnose(source: &SourceUrl, result: &StepResult, log: &str) -> Di
         return unavailable(said);
     }
     if matches(&DAMAGE) {
-        return Diagnosis::Damaged(failure(Reason::SourceUnavailable, format!("the mirror on the node is damaged: {said}")));
+        return Diagnosis::Damaged(failure(
+            Reason::SourceUnavailable,
+            format!("the mirror on the node is damaged: {said}"),
+        ));
     }
-    let said = if said.is_empty() { format!("git ended with {result} {status}") } else { said };
+    let said = if said.is_empty() {
+        format!("git ended with {result} {status}")
+    } else {
+        said
+    };
     Diagnosis::Unclear(failure(Reason::SourceUnavailable, said))
 }
 
-const HOST_KEY: [&str; 2] = ["Host key verification failed", "REMOTE HOST IDENTIFICATION HAS CHANGED"];
+const HOST_KEY: [&str; 2] = [
+    "Host key verification failed",
+    "REMOTE HOST IDENTIFICATION HAS CHANGED",
+];
 
 const AUTHENTICATION: [&str; 8] = [
     "Authentication failed for",
@@ -129,16 +161,30 @@ const DAMAGE: [&str; 9] = [
 /// The last line that says what went wrong, shortened; control characters, which a server may send, left out.
 fn last_words(log: &str) -> String {
     let telling = |line: &&str| {
-        ["fatal:", "error:", "remote:", "kari:", "ssh:", "git:"].iter().any(|prefix| line.starts_with(prefix))
+        ["fatal:", "error:", "remote:", "kari:", "ssh:", "git:"]
+            .iter()
+            .any(|prefix| line.starts_with(prefix))
             || line.contains(": Permission denied")
             || line.contains("verification failed")
             || line.contains("not found")
     };
     // What git adds to ssh's own words says less than they do.
     let generic = |line: &&str| line.starts_with("fatal: Could not read from remote repository");
-    let lines = || log.lines().map(str::trim).filter(|line| !line.is_empty()).rev();
-    let line = lines().filter(|line| !generic(line)).find(telling).or_else(|| lines().next()).unwrap_or_default();
-    line.chars().filter(|c| !c.is_control()).take(SHOWN_CHARACTERS).collect()
+    let lines = || {
+        log.lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty())
+            .rev()
+    };
+    let line = lines()
+        .filter(|line| !generic(line))
+        .find(telling)
+        .or_else(|| lines().next())
+        .unwrap_or_default();
+    line.chars()
+        .filter(|c| !c.is_control())
+        .take(SHOWN_CHARACTERS)
+        .collect()
 }
 
 #[cfg(test)]
@@ -147,7 +193,15 @@ mod tests {
 
     fn diagnosis(result: &str, code: i32, status: i32, log: &str) -> Diagnosis {
         let source = SourceUrl::parse("https://h/r.git").unwrap_or_else(|e| panic!("{e}"));
-        diagnose(&source, &StepResult { result: result.into(), code, status }, log)
+        diagnose(
+            &source,
+            &StepResult {
+                result: result.into(),
+                code,
+                status,
+            },
+            log,
+        )
     }
 
     fn exit(status: i32, log: &str) -> Diagnosis {
@@ -157,15 +211,51 @@ mod tests {
     #[test]
     fn gits_words_have_the_reason_that_they_mean() {
         let table = [
-            (128, "fatal: unable to access 'https://h/r.git/': Could not resolve host: h\n", Reason::SourceUnavailable),
-            (128, "fatal: unable to access 'http://h/': Failed to connect to h port 80 after 0 ms: Couldn't connect to server", Reason::SourceUnavailable),
-            (128, "fatal: repository 'http://h/r.git/' not found\n", Reason::SourceUnavailable),
-            (128, "remote: kari: x\nfatal: could not read Username for 'https://h': terminal prompts disabled\n", Reason::AuthenticationFailed),
-            (128, "fatal: Authentication failed for 'https://h/r.git/'\n", Reason::AuthenticationFailed),
-            (128, "git@h: Permission denied (publickey).\nfatal: Could not read from remote repository.\n\nPlease make sure…", Reason::AuthenticationFailed),
-            (128, "No ED25519 host key is known for h and you have requested strict checking.\nHost key verification failed.\nfatal: Could not read from remote repository.", Reason::HostKeyMismatch),
-            (20, "kari: the repository has no commit aaaa\n", Reason::RefNotFound),
-            (127, "/var/lib/kari/fetch: 7: git: not found\n", Reason::ToolMissing),
+            (
+                128,
+                "fatal: unable to access 'https://h/r.git/': Could not resolve host: h\n",
+                Reason::SourceUnavailable,
+            ),
+            (
+                128,
+                "fatal: unable to access 'http://h/': Failed to connect to h port 80 after 0 ms: Couldn't connect to server",
+                Reason::SourceUnavailable,
+            ),
+            (
+                128,
+                "fatal: repository 'http://h/r.git/' not found\n",
+                Reason::SourceUnavailable,
+            ),
+            (
+                128,
+                "remote: kari: x\nfatal: could not read Username for 'https://h': terminal prompts disabled\n",
+                Reason::AuthenticationFailed,
+            ),
+            (
+                128,
+                "fatal: Authentication failed for 'https://h/r.git/'\n",
+                Reason::AuthenticationFailed,
+            ),
+            (
+                128,
+                "git@h: Permission denied (publickey).\nfatal: Could not read from remote repository.\n\nPlease make sure…",
+                Reason::AuthenticationFailed,
+            ),
+            (
+                128,
+                "No ED25519 host key is known for h and you have requested strict checking.\nHost key verification failed.\nfatal: Could not read from remote repository.",
+                Reason::HostKeyMismatch,
+            ),
+            (
+                20,
+                "kari: the repository has no commit aaaa\n",
+                Reason::RefNotFound,
+            ),
+            (
+                127,
+                "/var/lib/kari/fetch: 7: git: not found\n",
+                Reason::ToolMissing,
+            ),
         ];
         for (status, log, reason) in table {
             match exit(status, log) {
@@ -173,16 +263,28 @@ mod tests {
                 other => panic!("{log}: {other:?}"),
             }
         }
-        assert!(matches!(diagnosis("timeout", 2, 15, ""), Diagnosis::Failed(_)));
-        assert!(matches!(diagnosis("oom-kill", 2, 9, ""), Diagnosis::Failed(_)));
+        assert!(matches!(
+            diagnosis("timeout", 2, 15, ""),
+            Diagnosis::Failed(_)
+        ));
+        assert!(matches!(
+            diagnosis("oom-kill", 2, 9, ""),
+            Diagnosis::Failed(_)
+        ));
     }
 
     #[test]
     fn damage_is_told_from_what_is_only_unclear() {
-        for log in ["error: object file objects/ab/cd is empty\nfatal: loose object abcd (stored in objects/ab/cd) is corrupt\n", "fatal: bad object refs/kari/web/shop\n"] {
+        for log in [
+            "error: object file objects/ab/cd is empty\nfatal: loose object abcd (stored in objects/ab/cd) is corrupt\n",
+            "fatal: bad object refs/kari/web/shop\n",
+        ] {
             assert!(matches!(exit(128, log), Diagnosis::Damaged(_)), "{log}");
         }
-        assert!(matches!(exit(21, "missing blob 1234\n"), Diagnosis::Damaged(_)));
+        assert!(matches!(
+            exit(21, "missing blob 1234\n"),
+            Diagnosis::Damaged(_)
+        ));
         assert!(matches!(exit(1, "something new\n"), Diagnosis::Unclear(_)));
         assert!(matches!(exit(1, ""), Diagnosis::Unclear(_)));
     }

@@ -150,11 +150,14 @@ impl Mirrors {
     pub async fn release(&self, app: &AppName) -> Result<(), MirrorError> {
         self.unwant(app);
         for name in store::names_in(&self.inner.store.mirrors())? {
-            let Some(key) = name.strip_suffix(".git") else { continue };
+            let Some(key) = name.strip_suffix(".git") else {
+                continue;
+            };
             let key = MirrorKey(key.to_owned());
             let mirror = self.mirror(&key);
             refs::release(&mirror, app).map_err(at("let go of a reference in", &mirror))?;
-            let is_held = refs::holds_any(&mirror).map_err(at("list the references of", &mirror))?;
+            let is_held =
+                refs::holds_any(&mirror).map_err(at("list the references of", &mirror))?;
             if is_held || self.schedule().is_wanted(&key) {
                 continue;
             }
@@ -194,7 +197,9 @@ impl Mirrors {
             .collect();
         for (key, path, apps) in mirrors {
             let seen = self.look_at(&key, &path, &apps).await?;
-            let action = self.schedule().take_in(self.now(), fastrand::f64(), &key, seen);
+            let action = self
+                .schedule()
+                .take_in(self.now(), fastrand::f64(), &key, seen);
             match action {
                 Action::Nothing => {}
                 Action::Stop => self.stop(&key).await?,
@@ -211,17 +216,30 @@ impl Mirrors {
             let Some(start) = start else { return Ok(()) };
             if let Err(error) = self.start(&start).await {
                 let message = format!("cannot start the fetch of {}: {error}", start.source);
-                self.schedule().start_failed(self.now(), fastrand::f64(), &start.key, message);
+                self.schedule()
+                    .start_failed(self.now(), fastrand::f64(), &start.key, message);
             }
         }
     }
 
-    async fn look_at(&self, key: &MirrorKey, path: &Path, apps: &[AppName]) -> Result<Seen, MirrorError> {
-        let state = self.inner.systemd.get_unit_state(&fetch_unit_name(key.as_str())).await?;
+    async fn look_at(
+        &self,
+        key: &MirrorKey,
+        path: &Path,
+        apps: &[AppName],
+    ) -> Result<Seen, MirrorError> {
+        let state = self
+            .inner
+            .systemd
+            .get_unit_state(&fetch_unit_name(key.as_str()))
+            .await?;
         let unit = match state {
             None => Unit::Absent,
             Some(state) if state.active_state.is_stopped() || state.sub_state == "exited" => {
-                Unit::Ended { result: state.step_result(), log: log_tail(&self.log(key)) }
+                Unit::Ended {
+                    result: state.step_result(),
+                    log: log_tail(&self.log(key)),
+                }
             }
             Some(_) => Unit::Running,
         };
@@ -236,8 +254,15 @@ impl Mirrors {
     }
 
     async fn start(&self, start: &Start) -> Result<(), MirrorError> {
-        let Start { key, source, mode, holds } = start;
-        let Inner { systemd, settings, .. } = &*self.inner;
+        let Start {
+            key,
+            source,
+            mode,
+            holds,
+        } = start;
+        let Inner {
+            systemd, settings, ..
+        } = &*self.inner;
         let mirror = self.mirror(key);
         store::make_folder(&mirror, 0o755, Some(settings.uid))?;
         let script = self.inner.store.mirrors().join("fetch.sh");
@@ -246,10 +271,24 @@ impl Mirrors {
         }
         let log = self.log(key);
         store::remove(&log)?;
-        let paths = Paths { mirror, script, log };
-        let step = fetch_step(source, paths, &settings.user, &settings.tool_path, *mode, holds);
+        let paths = Paths {
+            mirror,
+            script,
+            log,
+        };
+        let step = fetch_step(
+            source,
+            paths,
+            &settings.user,
+            &settings.tool_path,
+            *mode,
+            holds,
+        );
         info!(mirror = key.as_str(), url = %source, commits = holds.len(), "fetching");
-        match systemd.start_transient(&fetch_unit_name(key.as_str()), &step_properties(&step)?).await {
+        match systemd
+            .start_transient(&fetch_unit_name(key.as_str()), &step_properties(&step)?)
+            .await
+        {
             // Looked at in the next round.
             Ok(()) | Err(SystemdError::UnitExists { .. }) => Ok(()),
             Err(error) => Err(error.into()),
@@ -257,7 +296,11 @@ impl Mirrors {
     }
 
     async fn stop(&self, key: &MirrorKey) -> Result<(), MirrorError> {
-        Ok(self.inner.systemd.stop_unit(&fetch_unit_name(key.as_str()), STOP_LIMIT).await?)
+        Ok(self
+            .inner
+            .systemd
+            .stop_unit(&fetch_unit_name(key.as_str()), STOP_LIMIT)
+            .await?)
     }
 
     fn drop_mirror(&self, key: &MirrorKey) -> Result<(), MirrorError> {
@@ -267,19 +310,32 @@ impl Mirrors {
     }
 
     fn mirror(&self, key: &MirrorKey) -> PathBuf {
-        self.inner.store.mirrors().join(format!("{}.git", key.as_str()))
+        self.inner
+            .store
+            .mirrors()
+            .join(format!("{}.git", key.as_str()))
     }
 
     /// In a folder that is root's alone.
     fn log(&self, key: &MirrorKey) -> PathBuf {
-        self.inner.store.mirrors().join(format!("{}.log", key.as_str()))
+        self.inner
+            .store
+            .mirrors()
+            .join(format!("{}.log", key.as_str()))
     }
 
     /// Wakes the apps whose state is another than before, the time of the next try apart.
-    fn wake_changed(&self, known: BTreeMap<AppName, MirrorState>) -> BTreeMap<AppName, MirrorState> {
+    fn wake_changed(
+        &self,
+        known: BTreeMap<AppName, MirrorState>,
+    ) -> BTreeMap<AppName, MirrorState> {
         let mut states = self.schedule().states(self.now());
         for state in states.values_mut() {
-            if let MirrorState::Failed { failure: _, retry_in } = state {
+            if let MirrorState::Failed {
+                failure: _,
+                retry_in,
+            } = state
+            {
                 *retry_in = Duration::ZERO;
             }
         }
@@ -293,7 +349,9 @@ impl Mirrors {
 
     fn next_look(&self) -> Option<Duration> {
         let schedule = self.schedule();
-        let deadline = schedule.next_deadline().map(|deadline| deadline.saturating_sub(self.now()));
+        let deadline = schedule
+            .next_deadline()
+            .map(|deadline| deadline.saturating_sub(self.now()));
         let look = schedule.is_running().then_some(LOOK_INTERVAL);
         deadline.into_iter().chain(look).min()
     }
@@ -304,13 +362,20 @@ impl Mirrors {
 
     fn schedule(&self) -> MutexGuard<'_, Schedule> {
         // No code that holds it panics; if one did, the schedule is looked at anew in each round.
-        self.inner.schedule.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner
+            .schedule
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MirrorError {
     let path = path.to_owned();
-    move |source| MirrorError::Io { action, path, source }
+    move |source| MirrorError::Io {
+        action,
+        path,
+        source,
+    }
 }
 
 /// The end of a log; empty if there is none.

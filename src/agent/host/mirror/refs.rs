@@ -17,12 +17,20 @@ const LONGEST_REFERENCE_BYTES: u64 = 128;
 
 /// The commit that is held for an app; nothing if there is none.
 pub(super) fn held(mirror: &Path, app: &AppName) -> io::Result<Option<Commit>> {
-    let Some(file) = open(mirror, &hold_reference(app), OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK)? else {
+    let Some(file) = open(
+        mirror,
+        &hold_reference(app),
+        OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK,
+    )?
+    else {
         return Ok(None);
     };
     let mut text = String::new();
     // What is not text is no commit.
-    match File::from(file).take(LONGEST_REFERENCE_BYTES).read_to_string(&mut text) {
+    match File::from(file)
+        .take(LONGEST_REFERENCE_BYTES)
+        .read_to_string(&mut text)
+    {
         Ok(_) => Ok(Commit::parse(text.trim_end()).ok()),
         Err(error) if error.kind() == io::ErrorKind::InvalidData => Ok(None),
         Err(error) => Err(error),
@@ -99,9 +107,15 @@ mod tests {
         assert_eq!(held(mirror.path(), &shop)?, None);
         assert!(!holds_any(mirror.path())?);
         fs::create_dir_all(mirror.path().join("refs/kari/web"))?;
-        fs::write(mirror.path().join("refs/kari/web/shop"), format!("{}\n", "a".repeat(40)))?;
+        fs::write(
+            mirror.path().join("refs/kari/web/shop"),
+            format!("{}\n", "a".repeat(40)),
+        )?;
         fs::write(mirror.path().join("refs/kari/web/blog"), "not a commit\n")?;
-        assert_eq!(held(mirror.path(), &shop)?.map(|c| c.to_string()), Some("a".repeat(40)));
+        assert_eq!(
+            held(mirror.path(), &shop)?.map(|c| c.to_string()),
+            Some("a".repeat(40))
+        );
         assert_eq!(held(mirror.path(), &blog)?, None);
         assert!(release(mirror.path(), &shop)?);
         assert!(!release(mirror.path(), &shop)?);

@@ -141,13 +141,17 @@ impl Mirror {
     }
 
     fn is_satisfied(&self) -> bool {
-        self.wants.iter().all(|(app, want)| self.has(app, &want.commit))
+        self.wants
+            .iter()
+            .all(|(app, want)| self.has(app, &want.commit))
     }
 
     /// `chance` is from 0 to 1: mirrors that failed together are not tried together.
     fn fail(&mut self, now: Duration, chance: f64, failure: FetchFailure) {
         let doubled = SHORTEST_WAIT.saturating_mul(2_u32.saturating_pow(self.failures.min(16)));
-        let wait = doubled.min(LONGEST_WAIT).mul_f64(0.8 + 0.2 * chance.clamp(0.0, 1.0));
+        let wait = doubled
+            .min(LONGEST_WAIT)
+            .mul_f64(0.8 + 0.2 * chance.clamp(0.0, 1.0));
         self.failures = self.failures.saturating_add(1);
         self.failure = Some(failure);
         self.not_before = now.saturating_add(wait);
@@ -157,7 +161,11 @@ impl Mirror {
 impl Schedule {
     /// At most `slots` fetches at a time, at least 1.
     pub fn new(slots: usize) -> Self {
-        Self { slots: slots.max(1), mirrors: BTreeMap::new(), queue: Vec::new() }
+        Self {
+            slots: slots.max(1),
+            mirrors: BTreeMap::new(),
+            queue: Vec::new(),
+        }
     }
 
     /// The newest want of an app counts; `path` is where the mirror is.
@@ -168,10 +176,21 @@ impl Schedule {
                 mirror.wants.remove(app);
             }
         }
-        let mirror = self.mirrors.entry(key).or_insert_with(|| Mirror::new(want.source.clone(), path));
-        let is_new = mirror.wants.get(app).is_none_or(|old| old.commit != want.commit);
+        let mirror = self
+            .mirrors
+            .entry(key)
+            .or_insert_with(|| Mirror::new(want.source.clone(), path));
+        let is_new = mirror
+            .wants
+            .get(app)
+            .is_none_or(|old| old.commit != want.commit);
         // That one commit is missing says nothing of another.
-        if is_new && mirror.failure.as_ref().is_some_and(|failure| failure.reason == Reason::RefNotFound) {
+        if is_new
+            && mirror
+                .failure
+                .as_ref()
+                .is_some_and(|failure| failure.reason == Reason::RefNotFound)
+        {
             mirror.not_before = now;
             mirror.failure = None;
         }
@@ -187,19 +206,29 @@ impl Schedule {
 
     /// The mirror of the app's commit may be damaged.
     pub fn suspect(&mut self, app: &AppName) {
-        for mirror in self.mirrors.values_mut().filter(|mirror| mirror.wants.contains_key(app)) {
+        for mirror in self
+            .mirrors
+            .values_mut()
+            .filter(|mirror| mirror.wants.contains_key(app))
+        {
             mirror.suspected = true;
         }
     }
 
     /// The mirrors, and the apps that want something of each.
-    pub fn mirrors(&self) -> impl Iterator<Item = (&MirrorKey, &PathBuf, impl Iterator<Item = &AppName>)> {
-        self.mirrors.iter().map(|(key, mirror)| (key, &mirror.path, mirror.wants.keys()))
+    pub fn mirrors(
+        &self,
+    ) -> impl Iterator<Item = (&MirrorKey, &PathBuf, impl Iterator<Item = &AppName>)> {
+        self.mirrors
+            .iter()
+            .map(|(key, mirror)| (key, &mirror.path, mirror.wants.keys()))
     }
 
     /// Whether somebody wants something of the mirror.
     pub fn is_wanted(&self, key: &MirrorKey) -> bool {
-        self.mirrors.get(key).is_some_and(|mirror| !mirror.wants.is_empty())
+        self.mirrors
+            .get(key)
+            .is_some_and(|mirror| !mirror.wants.is_empty())
     }
 
     /// Whether a fetch runs.
@@ -253,7 +282,11 @@ impl Schedule {
 
     /// The next fetch, if a slot is free. It counts as running from here on.
     pub fn next_start(&mut self) -> Option<Start> {
-        let running = self.mirrors.values().filter(|mirror| mirror.running.is_some()).count();
+        let running = self
+            .mirrors
+            .values()
+            .filter(|mirror| mirror.running.is_some())
+            .count();
         if running >= self.slots || self.queue.is_empty() {
             return None;
         }
@@ -263,63 +296,121 @@ impl Schedule {
             .wants
             .iter()
             .filter(|(app, want)| !mirror.has(app, &want.commit))
-            .map(|(app, want)| Hold { app: app.clone(), commit: want.commit.clone(), reference: want.reference.clone() })
+            .map(|(app, want)| Hold {
+                app: app.clone(),
+                commit: want.commit.clone(),
+                reference: want.reference.clone(),
+            })
             .collect();
-        mirror.running = Some(holds.iter().map(|hold| (hold.app.clone(), hold.commit.clone())).collect());
-        let mode = if mirror.suspected { Mode::Check } else { Mode::Fetch };
-        Some(Start { key, source: mirror.source.clone(), mode, holds })
+        mirror.running = Some(
+            holds
+                .iter()
+                .map(|hold| (hold.app.clone(), hold.commit.clone()))
+                .collect(),
+        );
+        let mode = if mirror.suspected {
+            Mode::Check
+        } else {
+            Mode::Fetch
+        };
+        Some(Start {
+            key,
+            source: mirror.source.clone(),
+            mode,
+            holds,
+        })
     }
 
     /// The fetch could not be started.
     pub fn start_failed(&mut self, now: Duration, chance: f64, key: &MirrorKey, message: String) {
         if let Some(mirror) = self.mirrors.get_mut(key) {
             mirror.running = None;
-            mirror.fail(now, chance, FetchFailure { reason: Reason::SourceUnavailable, message });
+            mirror.fail(
+                now,
+                chance,
+                FetchFailure {
+                    reason: Reason::SourceUnavailable,
+                    message,
+                },
+            );
         }
     }
 
     /// When something is to be done that nobody will say.
     pub fn next_deadline(&self) -> Option<Duration> {
-        let waiting = self.mirrors.values().filter(|mirror| mirror.running.is_none() && !mirror.is_satisfied());
+        let waiting = self
+            .mirrors
+            .values()
+            .filter(|mirror| mirror.running.is_none() && !mirror.is_satisfied());
         waiting.map(|mirror| mirror.not_before).min()
     }
 
     /// Where every app is.
     pub fn states(&self, now: Duration) -> BTreeMap<AppName, MirrorState> {
         let apps = self.mirrors.values().flat_map(|mirror| mirror.wants.keys());
-        apps.filter_map(|app| Some((app.clone(), self.state(now, app)?))).collect()
+        apps.filter_map(|app| Some((app.clone(), self.state(now, app)?)))
+            .collect()
     }
 
     /// Where an app is; nothing if it wants nothing.
     pub fn state(&self, now: Duration, app: &AppName) -> Option<MirrorState> {
-        let (key, mirror) = self.mirrors.iter().find(|(_, mirror)| mirror.wants.contains_key(app))?;
+        let (key, mirror) = self
+            .mirrors
+            .iter()
+            .find(|(_, mirror)| mirror.wants.contains_key(app))?;
         let want = mirror.wants.get(app)?;
         let state = if mirror.has(app, &want.commit) {
-            MirrorState::Ready { mirror: mirror.path.clone() }
+            MirrorState::Ready {
+                mirror: mirror.path.clone(),
+            }
         } else if mirror.running.is_some() {
             MirrorState::Fetching
         } else if let Some(failure) = mirror.failure.clone().filter(|_| now < mirror.not_before) {
-            MirrorState::Failed { failure, retry_in: mirror.not_before.saturating_sub(now) }
+            MirrorState::Failed {
+                failure,
+                retry_in: mirror.not_before.saturating_sub(now),
+            }
         } else {
             let queued = self.queue.iter().position(|queued| queued == key);
             let of = self.queue.len() + usize::from(queued.is_none());
-            MirrorState::Queued { position: queued.map_or(of, |at| at + 1), of }
+            MirrorState::Queued {
+                position: queued.map_or(of, |at| at + 1),
+                of,
+            }
         };
         Some(state)
     }
 }
 
 impl Mirror {
-    fn take_in_success(&mut self, now: Duration, chance: f64, told: &BTreeSet<(AppName, Commit)>) -> Action {
+    fn take_in_success(
+        &mut self,
+        now: Duration,
+        chance: f64,
+        told: &BTreeSet<(AppName, Commit)>,
+    ) -> Action {
         self.suspected = false;
         let lost = told.iter().find(|(app, commit)| {
-            self.wants.get(app).is_some_and(|want| want.commit == *commit) && !self.has(app, commit)
+            self.wants
+                .get(app)
+                .is_some_and(|want| want.commit == *commit)
+                && !self.has(app, commit)
         });
         if let Some((_, commit)) = lost {
             // Or it would be fetched again and again without a pause.
-            let message = format!("the fetch of {} ended well, but the mirror does not hold {commit}", self.source);
+            let message = format!(
+                "the fetch of {} ended well, but the mirror does not hold {commit}",
+                self.source
+            );
             self.suspected = true;
-            self.fail(now, chance, FetchFailure { reason: Reason::SourceUnavailable, message });
+            self.fail(
+                now,
+                chance,
+                FetchFailure {
+                    reason: Reason::SourceUnavailable,
+                    message,
+                },
+            );
         } else {
             self.failures = 0;
             self.failure = None;
@@ -329,7 +420,13 @@ impl Mirror {
         Action::Stop
     }
 
-    fn take_in_failure(&mut self, now: Duration, chance: f64, result: &StepResult, log: &str) -> Action {
+    fn take_in_failure(
+        &mut self,
+        now: Duration,
+        chance: f64,
+        result: &StepResult,
+        log: &str,
+    ) -> Action {
         match diagnose(&self.source, result, log) {
             Diagnosis::Failed(failure) => {
                 self.fail(now, chance, failure);

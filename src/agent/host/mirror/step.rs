@@ -18,7 +18,11 @@ pub const EXIT_DAMAGED: i32 = 21;
 const FETCH_TIMEOUT_SECONDS: u32 = 1200;
 
 /// git reads packs by mapping them; 1 GiB is enough to index a repository of several.
-const FETCH_LIMITS: StepLimits = StepLimits { cpu_millis: 2000, memory_bytes: 1 << 30, tasks: 64 };
+const FETCH_LIMITS: StepLimits = StepLimits {
+    cpu_millis: 2000,
+    memory_bytes: 1 << 30,
+    tasks: 64,
+};
 
 /// Where the script is in the jail.
 const FETCH_SCRIPT_PATH: &str = "/var/lib/kari/fetch";
@@ -63,17 +67,43 @@ pub(super) fn fetch_step(
     mode: Mode,
     holds: &[Hold],
 ) -> StepSpec {
-    let Paths { mirror, script, log } = paths;
+    let Paths {
+        mirror,
+        script,
+        log,
+    } = paths;
     // A repository is of one kind of digest; a mirror is made for that of the first commit.
-    let format = if holds.iter().any(|hold| hold.commit.as_str().len() == 64) { "sha256" } else { "sha1" };
+    let format = if holds.iter().any(|hold| hold.commit.as_str().len() == 64) {
+        "sha256"
+    } else {
+        "sha1"
+    };
     let mode = match mode {
         Mode::Fetch => "fetch",
         Mode::Check => "check",
     };
-    let mut command: Vec<String> =
-        ["/bin/sh", "-eu", FETCH_SCRIPT_PATH, MIRROR_PATH, source.as_str(), mode, format].map(str::to_owned).to_vec();
-    for Hold { app, commit, reference } in holds {
-        command.extend([commit.to_string(), hold_reference(app), reference.clone().unwrap_or_default()]);
+    let mut command: Vec<String> = [
+        "/bin/sh",
+        "-eu",
+        FETCH_SCRIPT_PATH,
+        MIRROR_PATH,
+        source.as_str(),
+        mode,
+        format,
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    for Hold {
+        app,
+        commit,
+        reference,
+    } in holds
+    {
+        command.extend([
+            commit.to_string(),
+            hold_reference(app),
+            reference.clone().unwrap_or_default(),
+        ]);
     }
     StepSpec {
         description: "Kari: fetch into a mirror".to_owned(),
@@ -228,7 +258,11 @@ mod tests {
 
     fn step(url: &str, mode: Mode) -> StepSpec {
         let source = SourceUrl::parse(url).unwrap_or_else(|e| panic!("{e}"));
-        let paths = Paths { mirror: "/m.git".into(), script: "/fetch".into(), log: "/m.log".into() };
+        let paths = Paths {
+            mirror: "/m.git".into(),
+            script: "/fetch".into(),
+            log: "/m.log".into(),
+        };
         let hold = Hold {
             app: AppName::parse("web.shop").unwrap_or_else(|e| panic!("{e}")),
             commit: Commit::parse(&"a".repeat(40)).unwrap_or_else(|e| panic!("{e}")),
@@ -247,7 +281,11 @@ mod tests {
             ("git://h/r", "git"),
         ] {
             let step = step(url, Mode::Fetch);
-            assert!(step.environment.contains(&("GIT_ALLOW_PROTOCOL".into(), allowed.into())), "{url}");
+            assert!(
+                step.environment
+                    .contains(&("GIT_ALLOW_PROTOCOL".into(), allowed.into())),
+                "{url}"
+            );
         }
     }
 
@@ -257,14 +295,28 @@ mod tests {
         let commit = "a".repeat(40);
         assert_eq!(
             words,
-            ["/bin/sh", "-eu", FETCH_SCRIPT_PATH, MIRROR_PATH, "https://h/r", "check", "sha1", &commit, "refs/kari/web/shop", "refs/heads/main"]
+            [
+                "/bin/sh",
+                "-eu",
+                FETCH_SCRIPT_PATH,
+                MIRROR_PATH,
+                "https://h/r",
+                "check",
+                "sha1",
+                &commit,
+                "refs/kari/web/shop",
+                "refs/heads/main"
+            ]
         );
     }
 
     #[test]
     fn every_setting_of_git_has_its_number() {
         let environment = step("https://h/r", Mode::Fetch).environment;
-        let count = environment.iter().filter(|(name, _)| name.starts_with("GIT_CONFIG_KEY_")).count();
+        let count = environment
+            .iter()
+            .filter(|(name, _)| name.starts_with("GIT_CONFIG_KEY_"))
+            .count();
         assert!(environment.contains(&("GIT_CONFIG_COUNT".into(), count.to_string())));
     }
 }

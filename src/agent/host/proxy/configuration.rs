@@ -58,7 +58,10 @@ pub fn render_files(settings: &ProxySettings, folder: &Path) -> Vec<(&'static st
     vec![
         ("main.conf", main),
         ("http.conf", http),
-        ("nginx.conf", render_top(folder, RUN_FOLDER, "vhosts/*.conf")),
+        (
+            "nginx.conf",
+            render_top(folder, RUN_FOLDER, "vhosts/*.conf"),
+        ),
         ("guard.sh", render_guard(settings, folder)),
     ]
 }
@@ -227,12 +230,26 @@ pub fn virtual_host_file(app: &crate::api::names::AppName) -> String {
 
 /// A Deployment's file.
 pub fn render_virtual_host(host: &VirtualHost, settings: &ProxySettings) -> String {
-    let VirtualHost { app, release_id, routes } = host;
+    let VirtualHost {
+        app,
+        release_id,
+        routes,
+    } = host;
     let identity = identity(&release_id.to_string());
     let listen = listen(settings, "");
     let mut text = format!("# Written by kari agent for {app}; an edit is overwritten.\n");
-    for super::Route { process, hosts, target, measured_path: _ } in routes {
-        let names = hosts.iter().map(super::HostName::as_str).collect::<Vec<_>>().join(" ");
+    for super::Route {
+        process,
+        hosts,
+        target,
+        measured_path: _,
+    } in routes
+    {
+        let names = hosts
+            .iter()
+            .map(super::HostName::as_str)
+            .collect::<Vec<_>>()
+            .join(" ");
         let upstream = format!("kari.{app}.{process}");
         let location = match target {
             RouteTarget::Port { primary, backup } => {
@@ -330,7 +347,8 @@ done
 pub fn render_unit(settings: &ProxySettings, folder: &Path) -> String {
     let folder = folder.display();
     let nginx = settings.nginx.display();
-    let command = format!("{nginx} -c {folder}/nginx.conf -e stderr -g \"pid {RUN_FOLDER}/nginx.pid;\"");
+    let command =
+        format!("{nginx} -c {folder}/nginx.conf -e stderr -g \"pid {RUN_FOLDER}/nginx.pid;\"");
     format!(
         "\
 # Written by kari agent; an edit is overwritten.

@@ -13,8 +13,8 @@ use tracing::warn;
 
 use super::answer::{came_from, names};
 use super::configuration::{
-    self, CLOSING_FILE, IDENTITY_PATH, MEASURE_HEADER, RUN_FOLDER, UNIT, render_unit, render_virtual_host, settings_digest,
-    virtual_host_file,
+    self, CLOSING_FILE, IDENTITY_PATH, MEASURE_HEADER, RUN_FOLDER, UNIT, render_unit,
+    render_virtual_host, settings_digest, virtual_host_file,
 };
 use super::{HostName, ProxySettings, Route, VirtualHost};
 use crate::agent::host::port::holder_of;
@@ -147,8 +147,16 @@ struct LastReload {
 
 impl Proxy {
     /// `folder` is /var/lib/kari/proxy. Nothing is done yet.
-    pub fn new(folder: PathBuf, units: UnitFiles, systemd: Systemd, settings: ProxySettings) -> Self {
-        let last = LastReload { served: 0, outcome: Ok(OldWorkers::default()) };
+    pub fn new(
+        folder: PathBuf,
+        units: UnitFiles,
+        systemd: Systemd,
+        settings: ProxySettings,
+    ) -> Self {
+        let last = LastReload {
+            served: 0,
+            outcome: Ok(OldWorkers::default()),
+        };
         Self {
             inner: Arc::new(Inner {
                 folder,
@@ -164,7 +172,13 @@ impl Proxy {
     /// Brings the proxy up: files, unit, enabled, running, answering on its port. To be called at the
     /// agent's start and every now and then; does nothing where all is well.
     pub async fn ensure(&self) -> Result<(), ProxyError> {
-        let Inner { folder, units, systemd, settings, .. } = &*self.inner;
+        let Inner {
+            folder,
+            units,
+            systemd,
+            settings,
+            ..
+        } = &*self.inner;
         store::make_folder(&self.vhosts(), 0o755, None)?;
         for (name, text) in configuration::render_files(settings, folder) {
             replace(&folder.join(name), text.as_bytes())?;
@@ -177,7 +191,10 @@ impl Proxy {
             units.enable(UNIT)?;
         }
         let loaded = systemd.get_unit_state(UNIT).await?;
-        if loaded.as_ref().is_some_and(|state| state.need_daemon_reload) {
+        if loaded
+            .as_ref()
+            .is_some_and(|state| state.need_daemon_reload)
+        {
             // Only an upgrade of the agent brings this about.
             systemd.daemon_reload().await?;
         }
@@ -210,12 +227,19 @@ impl Proxy {
             let state = self.inner.systemd.get_unit_state(UNIT).await?;
             match state {
                 Some(state) if state.active_state == ActiveState::Active => return Ok(()),
-                Some(state) if Instant::now() > deadline || state.active_state == ActiveState::Failed => {
+                Some(state)
+                    if Instant::now() > deadline || state.active_state == ActiveState::Failed =>
+                {
                     let state = format!("{}, result {}", state.sub_state, state.result);
-                    return Err(self.blame_holder_of_port().await?.unwrap_or(ProxyError::NotRunning { state }));
+                    return Err(self
+                        .blame_holder_of_port()
+                        .await?
+                        .unwrap_or(ProxyError::NotRunning { state }));
                 }
                 None if Instant::now() > deadline => {
-                    return Err(ProxyError::NotRunning { state: "not loaded".to_owned() });
+                    return Err(ProxyError::NotRunning {
+                        state: "not loaded".to_owned(),
+                    });
                 }
                 Some(_) | None => sleep(LOOK_INTERVAL).await,
             }
@@ -225,7 +249,12 @@ impl Proxy {
     /// The error that names who holds the port, if that is somebody else.
     async fn blame_holder_of_port(&self) -> Result<Option<ProxyError>, ProxyError> {
         let port = self.inner.settings.http_port;
-        let own: BTreeSet<u32> = self.processes().await?.into_iter().map(|(pid, _)| pid).collect();
+        let own: BTreeSet<u32> = self
+            .processes()
+            .await?
+            .into_iter()
+            .map(|(pid, _)| pid)
+            .collect();
         let found = tokio::task::spawn_blocking(move || holder_of(port, &own)).await;
         // Best effort: not to know who it is must not hide the first error.
         let holder = found.unwrap_or_default();
@@ -266,17 +295,29 @@ impl Proxy {
     /// Whether `host` is in force: each of its host names is answered by the release, and each route by the
     /// process that it names. Each request is on a connection of its own.
     pub async fn measure(&self, host: &VirtualHost) -> Result<(), ProxyError> {
-        let VirtualHost { app: _, release_id, routes } = host;
+        let VirtualHost {
+            app: _,
+            release_id,
+            routes,
+        } = host;
         let deadline = Instant::now() + MEASURE_LIMIT;
-        for Route { process: _, hosts, target, measured_path } in routes {
+        for Route {
+            process: _,
+            hosts,
+            target,
+            measured_path,
+        } in routes
+        {
             for host in hosts {
                 let answer = self.ask(host.as_str(), IDENTITY_PATH, deadline).await?;
-                names(&answer, &release_id.to_string()).map_err(|message| not_in_force(host.as_str(), message))?;
+                names(&answer, &release_id.to_string())
+                    .map_err(|message| not_in_force(host.as_str(), message))?;
             }
             if let Some(host) = hosts.first() {
                 let answer = self.ask(host.as_str(), measured_path, deadline).await?;
-                came_from(&answer, *target)
-                    .map_err(|message| not_in_force(host.as_str(), format!("GET {measured_path}: {message}")))?;
+                came_from(&answer, *target).map_err(|message| {
+                    not_in_force(host.as_str(), format!("GET {measured_path}: {message}"))
+                })?;
             }
         }
         Ok(())
@@ -306,7 +347,8 @@ impl Proxy {
             let answer = self.ask(host.as_str(), IDENTITY_PATH, deadline).await?;
             // Another Deployment's `*.` may stand for it: then that one's release is named.
             if !self.is_another_apps(&host)? {
-                names(&answer, &self.own_name()).map_err(|message| not_in_force(host.as_str(), message))?;
+                names(&answer, &self.own_name())
+                    .map_err(|message| not_in_force(host.as_str(), message))?;
             }
         }
         Ok(old)
@@ -315,7 +357,10 @@ impl Proxy {
     fn is_another_apps(&self, host: &HostName) -> Result<bool, ProxyError> {
         let served = self.hosts()?;
         Ok(served.values().flatten().any(|other| {
-            other.as_str().strip_prefix('*').is_some_and(|suffix| host.as_str().ends_with(suffix))
+            other
+                .as_str()
+                .strip_prefix('*')
+                .is_some_and(|suffix| host.as_str().ends_with(suffix))
         }))
     }
 
@@ -325,21 +370,35 @@ impl Proxy {
             return Ok(OldWorkers::default());
         }
         let workers = self.workers().await?;
-        let pids = old.pids.iter().copied().filter(|pid| workers.contains_key(pid)).collect();
+        let pids = old
+            .pids
+            .iter()
+            .copied()
+            .filter(|pid| workers.contains_key(pid))
+            .collect();
         Ok(OldWorkers { pids })
     }
 
     /// All workers that no longer accept connections: what an agent that restarted in a drain waits for.
     pub async fn retiring_workers(&self) -> Result<OldWorkers, ProxyError> {
         let workers = self.workers().await?;
-        Ok(OldWorkers { pids: workers.into_iter().filter(|(_, w)| *w == Worker::Retiring).map(|(pid, _)| pid).collect() })
+        Ok(OldWorkers {
+            pids: workers
+                .into_iter()
+                .filter(|(_, w)| *w == Worker::Retiring)
+                .map(|(pid, _)| pid)
+                .collect(),
+        })
     }
 
     /// The host names of every vhost on the node, for [`super::route_conflicts`].
     pub fn hosts(&self) -> Result<BTreeMap<AppName, Vec<HostName>>, ProxyError> {
         let mut hosts = BTreeMap::new();
         for name in store::names_in(&self.vhosts())? {
-            let Some(app) = name.strip_suffix(".conf").and_then(|app| AppName::parse(app).ok()) else {
+            let Some(app) = name
+                .strip_suffix(".conf")
+                .and_then(|app| AppName::parse(app).ok())
+            else {
                 continue;
             };
             // Gone meanwhile: it serves nothing.
@@ -361,7 +420,9 @@ impl Proxy {
 
     async fn measure_settings(&self) -> Result<(), ProxyError> {
         // No host name that a Deployment can have.
-        let answer = self.ask("_", IDENTITY_PATH, Instant::now() + MEASURE_LIMIT).await?;
+        let answer = self
+            .ask("_", IDENTITY_PATH, Instant::now() + MEASURE_LIMIT)
+            .await?;
         names(&answer, &self.own_name()).map_err(|message| not_in_force("_", message))
     }
 
@@ -370,10 +431,18 @@ impl Proxy {
             ("Host".to_owned(), host.replacen('*', ANY_LABEL, 1)),
             (MEASURE_HEADER.to_owned(), "1".to_owned()),
         ];
-        match timeout_at(deadline, probe::get(self.inner.settings.http_port, path, &headers)).await {
+        match timeout_at(
+            deadline,
+            probe::get(self.inner.settings.http_port, path, &headers),
+        )
+        .await
+        {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(error)) => Err(not_in_force(host, error.to_string())),
-            Err(_) => Err(not_in_force(host, format!("GET {path}: no answer within {} s", MEASURE_LIMIT.as_secs()))),
+            Err(_) => Err(not_in_force(
+                host,
+                format!("GET {path}: no answer within {} s", MEASURE_LIMIT.as_secs()),
+            )),
         }
     }
 
@@ -421,10 +490,17 @@ impl Proxy {
         match self.inner.systemd.reload_unit(UNIT, RELOAD_LIMIT).await {
             Ok(()) => {}
             Err(error @ (SystemdError::Job { .. } | SystemdError::Refused { .. })) => {
-                let said = store::read(&Path::new(RUN_FOLDER).join("reload.log")).ok().flatten().unwrap_or_default();
+                let said = store::read(&Path::new(RUN_FOLDER).join("reload.log"))
+                    .ok()
+                    .flatten()
+                    .unwrap_or_default();
                 let said = String::from_utf8_lossy(&said).trim().to_owned();
                 // Without a word of nginx's it was not nginx that refused.
-                return Err(if said.is_empty() { error.into() } else { ProxyError::Refused { message: said } });
+                return Err(if said.is_empty() {
+                    error.into()
+                } else {
+                    ProxyError::Refused { message: said }
+                });
             }
             Err(error) => return Err(error.into()),
         }
@@ -432,7 +508,12 @@ impl Proxy {
         loop {
             let now = self.workers().await?;
             if has_settled(&before, &now) {
-                return Ok(OldWorkers { pids: before.into_keys().filter(|pid| now.contains_key(pid)).collect() });
+                return Ok(OldWorkers {
+                    pids: before
+                        .into_keys()
+                        .filter(|pid| now.contains_key(pid))
+                        .collect(),
+                });
             }
             if Instant::now() > deadline {
                 let message = format!(
@@ -447,7 +528,10 @@ impl Proxy {
 
     async fn workers(&self) -> Result<BTreeMap<u32, Worker>, ProxyError> {
         let processes = self.processes().await?;
-        Ok(processes.into_iter().filter_map(|(pid, title)| Some((pid, worker(&title)?))).collect())
+        Ok(processes
+            .into_iter()
+            .filter_map(|(pid, title)| Some((pid, worker(&title)?)))
+            .collect())
     }
 
     async fn processes(&self) -> Result<Vec<(u32, String)>, ProxyError> {
@@ -491,7 +575,10 @@ fn replace(path: &Path, content: &[u8]) -> Result<(), StoreError> {
 }
 
 fn not_in_force(host: &str, message: String) -> ProxyError {
-    ProxyError::NotInForce { host: host.to_owned(), message }
+    ProxyError::NotInForce {
+        host: host.to_owned(),
+        message,
+    }
 }
 
 /// What a worker of nginx does.
@@ -505,13 +592,23 @@ pub(super) enum Worker {
 
 /// What a process does, by the title that nginx gives it, which systemd quotes; nothing if it is no worker.
 pub(super) fn worker(title: &str) -> Option<Worker> {
-    let title = title.trim_matches('"').strip_prefix("nginx: worker process")?;
-    Some(if title.contains("is shutting down") { Worker::Retiring } else { Worker::Serving })
+    let title = title
+        .trim_matches('"')
+        .strip_prefix("nginx: worker process")?;
+    Some(if title.contains("is shutting down") {
+        Worker::Retiring
+    } else {
+        Worker::Serving
+    })
 }
 
 /// Whether a reload is in force for every new connection: no worker of before it accepts any, and a new one does.
 pub(super) fn has_settled(before: &BTreeMap<u32, Worker>, now: &BTreeMap<u32, Worker>) -> bool {
-    let mut serving = now.iter().filter(|(_, worker)| **worker == Worker::Serving).map(|(pid, _)| pid).peekable();
+    let mut serving = now
+        .iter()
+        .filter(|(_, worker)| **worker == Worker::Serving)
+        .map(|(pid, _)| pid)
+        .peekable();
     serving.peek().is_some() && serving.all(|pid| !before.contains_key(pid))
 }
 

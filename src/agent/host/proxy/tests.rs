@@ -13,7 +13,12 @@ fn host(name: &str) -> HostName {
 }
 
 fn settings() -> ProxySettings {
-    ProxySettings { http_port: 8080, nginx: "/usr/sbin/nginx".into(), ipv6: false, processors: 2 }
+    ProxySettings {
+        http_port: 8080,
+        nginx: "/usr/sbin/nginx".into(),
+        ipv6: false,
+        processors: 2,
+    }
 }
 
 fn shop(target: RouteTarget) -> VirtualHost {
@@ -33,13 +38,44 @@ fn shop(target: RouteTarget) -> VirtualHost {
 fn a_host_is_a_dns_name_and_nothing_that_nginx_takes_for_more() {
     let long = format!("{}.test", vec!["a".repeat(49); 5].join("."));
     assert_eq!(long.len(), 254);
-    for good in ["a", "a.test", "*.a.test", "xn--bcher-kva.example", "1.2.3.4", "a-b.c", &long[1..]] {
+    for good in [
+        "a",
+        "a.test",
+        "*.a.test",
+        "xn--bcher-kva.example",
+        "1.2.3.4",
+        "a-b.c",
+        &long[1..],
+    ] {
         assert!(HostName::parse(good).is_ok(), "{good}");
     }
     let label = "a".repeat(64);
     for bad in [
-        "", ".", "*", "*.", "a.", ".a", "a..b", "A.test", "a.test; return 200 x", "~^.*$", "$host", "a}", "a b", "\"a\"",
-        "a\n", "a_b.test", "*.*.a", "a.*", "-a.test", "a-.test", "ü.test", "a.test:80", "_", &label, &long,
+        "",
+        ".",
+        "*",
+        "*.",
+        "a.",
+        ".a",
+        "a..b",
+        "A.test",
+        "a.test; return 200 x",
+        "~^.*$",
+        "$host",
+        "a}",
+        "a b",
+        "\"a\"",
+        "a\n",
+        "a_b.test",
+        "*.*.a",
+        "a.*",
+        "-a.test",
+        "a-.test",
+        "ü.test",
+        "a.test:80",
+        "_",
+        &label,
+        &long,
     ] {
         assert!(HostName::parse(bad).is_err(), "{bad}");
     }
@@ -47,13 +83,24 @@ fn a_host_is_a_dns_name_and_nothing_that_nginx_takes_for_more() {
 
 #[test]
 fn the_old_port_is_a_backup_only_while_there_is_one() {
-    let text = |backup| render_virtual_host(&shop(RouteTarget::Port { primary: 20001, backup }), &settings());
+    let text = |backup| {
+        render_virtual_host(
+            &shop(RouteTarget::Port {
+                primary: 20001,
+                backup,
+            }),
+            &settings(),
+        )
+    };
     assert!(text(Some(20000)).contains("server 127.0.0.1:20000 max_fails=0 backup;"));
     assert!(!text(None).contains("backup"));
     // A process that is not touched keeps its port: it is no backup of itself, which nginx would ask twice.
     assert!(!text(Some(20001)).contains("backup"));
     let stopped = render_virtual_host(&shop(RouteTarget::Unavailable), &settings());
-    assert!(stopped.contains("return 503") && !stopped.contains("upstream"), "{stopped}");
+    assert!(
+        stopped.contains("return 503") && !stopped.contains("upstream"),
+        "{stopped}"
+    );
 }
 
 #[test]
@@ -66,7 +113,10 @@ fn a_file_tells_its_hosts_again() {
 fn a_host_belongs_to_one_deployment_and_the_conflict_names_it() {
     let served = BTreeMap::from([
         (app("web.blog"), vec![host("blog.test")]),
-        (app("web.shop"), vec![host("shop.test"), host("old.shop.test")]),
+        (
+            app("web.shop"),
+            vec![host("shop.test"), host("old.shop.test")],
+        ),
     ]);
     let wanted = [host("shop.test"), host("blog.test"), host("new.test")];
     let conflicts = route_conflicts(&app("web.shop"), &wanted, &served);
@@ -91,7 +141,10 @@ fn a_reload_has_settled_when_only_new_workers_accept_connections() {
     }
     assert_eq!(worker("nginx: master process /usr/sbin/nginx -c x"), None);
     assert_eq!(worker("nginx: worker process"), Some(Serving));
-    assert_eq!(worker("\"nginx: worker process is shutting down\""), Some(Retiring));
+    assert_eq!(
+        worker("\"nginx: worker process is shutting down\""),
+        Some(Retiring)
+    );
 }
 
 proptest! {

@@ -12,7 +12,11 @@ fn commit(digit: char) -> Commit {
 
 fn want(url: &str, digit: char) -> Want {
     let source = SourceUrl::parse(url).unwrap_or_else(|e| panic!("{e}"));
-    Want { source, reference: None, commit: commit(digit) }
+    Want {
+        source,
+        reference: None,
+        commit: commit(digit),
+    }
 }
 
 fn key(url: &str) -> MirrorKey {
@@ -20,11 +24,24 @@ fn key(url: &str) -> MirrorKey {
 }
 
 fn seen(unit: Unit, held: &[(&str, char)]) -> Seen {
-    Seen { unit, held: held.iter().map(|(name, digit)| (app(name), commit(*digit))).collect() }
+    Seen {
+        unit,
+        held: held
+            .iter()
+            .map(|(name, digit)| (app(name), commit(*digit)))
+            .collect(),
+    }
 }
 
 fn ended(result: &str, status: i32, log: &str) -> Unit {
-    Unit::Ended { result: StepResult { result: result.into(), code: 1, status }, log: log.into() }
+    Unit::Ended {
+        result: StepResult {
+            result: result.into(),
+            code: 1,
+            status,
+        },
+        log: log.into(),
+    }
 }
 
 fn seconds(seconds: u64) -> Duration {
@@ -51,8 +68,13 @@ fn apps_that_want_of_one_mirror_share_a_fetch() {
     let mut schedule = one(4);
     schedule.want(NOW, &app("web.blog"), want(A, 'a'), "/m/a.git".into());
     schedule.want(NOW, &app("web.wiki"), want(A, 'b'), "/m/a.git".into());
-    assert_eq!(schedule.take_in(NOW, 0.0, &key(A), seen(Unit::Absent, &[])), Action::Nothing);
-    let start = schedule.next_start().unwrap_or_else(|| panic!("nothing is started"));
+    assert_eq!(
+        schedule.take_in(NOW, 0.0, &key(A), seen(Unit::Absent, &[])),
+        Action::Nothing
+    );
+    let start = schedule
+        .next_start()
+        .unwrap_or_else(|| panic!("nothing is started"));
     assert_eq!(start.holds.len(), 3);
     assert_eq!(start.mode, Mode::Fetch);
     assert_eq!(schedule.next_start(), None);
@@ -61,7 +83,12 @@ fn apps_that_want_of_one_mirror_share_a_fetch() {
     let held = [("web.shop", 'a'), ("web.blog", 'a'), ("web.wiki", 'b')];
     let action = schedule.take_in(NOW, 0.0, &key(A), seen(ended("success", 0, ""), &held));
     assert_eq!(action, Action::Stop);
-    assert_eq!(state(&schedule, "web.blog"), Some(MirrorState::Ready { mirror: "/m/a.git".into() }));
+    assert_eq!(
+        state(&schedule, "web.blog"),
+        Some(MirrorState::Ready {
+            mirror: "/m/a.git".into()
+        })
+    );
     assert_eq!(schedule.next_start(), None);
 }
 
@@ -69,7 +96,10 @@ fn apps_that_want_of_one_mirror_share_a_fetch() {
 fn a_commit_that_the_mirror_holds_needs_no_fetch() {
     let mut schedule = one(1);
     schedule.take_in(NOW, 0.0, &key(A), seen(Unit::Absent, &[("web.shop", 'a')]));
-    assert!(matches!(state(&schedule, "web.shop"), Some(MirrorState::Ready { .. })));
+    assert!(matches!(
+        state(&schedule, "web.shop"),
+        Some(MirrorState::Ready { .. })
+    ));
     assert_eq!(schedule.next_start(), None);
 }
 
@@ -77,15 +107,31 @@ fn a_commit_that_the_mirror_holds_needs_no_fetch() {
 fn mirrors_wait_for_a_slot_in_the_order_of_their_asking_and_see_their_place() {
     let mut schedule = one(1);
     schedule.want(NOW, &app("web.blog"), want(B, 'b'), "/m/b.git".into());
-    schedule.want(NOW, &app("web.wiki"), want("https://h/c", 'c'), "/m/c.git".into());
+    schedule.want(
+        NOW,
+        &app("web.wiki"),
+        want("https://h/c", 'c'),
+        "/m/c.git".into(),
+    );
     for url in [B, A, "https://h/c"] {
         schedule.take_in(NOW, 0.0, &key(url), seen(Unit::Absent, &[]));
     }
     assert_eq!(schedule.next_start().map(|start| start.key), Some(key(B)));
     assert_eq!(schedule.next_start(), None);
-    assert_eq!(state(&schedule, "web.shop"), Some(MirrorState::Queued { position: 1, of: 2 }));
-    assert_eq!(state(&schedule, "web.wiki"), Some(MirrorState::Queued { position: 2, of: 2 }));
-    schedule.take_in(NOW, 0.0, &key(B), seen(ended("success", 0, ""), &[("web.blog", 'b')]));
+    assert_eq!(
+        state(&schedule, "web.shop"),
+        Some(MirrorState::Queued { position: 1, of: 2 })
+    );
+    assert_eq!(
+        state(&schedule, "web.wiki"),
+        Some(MirrorState::Queued { position: 2, of: 2 })
+    );
+    schedule.take_in(
+        NOW,
+        0.0,
+        &key(B),
+        seen(ended("success", 0, ""), &[("web.blog", 'b')]),
+    );
     assert_eq!(schedule.next_start().map(|start| start.key), Some(key(A)));
 }
 
@@ -107,13 +153,21 @@ fn a_failed_fetch_is_tried_again_after_5_s_to_10_min_and_a_success_forgets_the_f
     assert_eq!(waits, [5, 10, 20, 40, 80, 160, 320, 600, 600, 600]);
     match schedule.state(now - seconds(1), &app("web.shop")) {
         Some(MirrorState::Failed { failure, retry_in }) => {
-            assert_eq!((failure.reason, retry_in), (Reason::SourceUnavailable, seconds(1)));
+            assert_eq!(
+                (failure.reason, retry_in),
+                (Reason::SourceUnavailable, seconds(1))
+            );
         }
         other => panic!("{other:?}"),
     }
     schedule.take_in(now, 1.0, &key(A), seen(Unit::Absent, &[]));
     assert!(schedule.next_start().is_some());
-    schedule.take_in(now, 1.0, &key(A), seen(ended("success", 0, ""), &[("web.shop", 'a')]));
+    schedule.take_in(
+        now,
+        1.0,
+        &key(A),
+        seen(ended("success", 0, ""), &[("web.shop", 'a')]),
+    );
     assert_eq!(schedule.next_deadline(), None);
 }
 
@@ -122,8 +176,18 @@ fn another_commit_does_not_wait_for_one_that_was_missing() {
     let mut schedule = one(1);
     schedule.take_in(NOW, 1.0, &key(A), seen(Unit::Absent, &[]));
     assert!(schedule.next_start().is_some());
-    schedule.take_in(NOW, 1.0, &key(A), seen(ended("exit-code", 20, "kari: the repository has no commit aaa\n"), &[]));
-    assert!(matches!(state(&schedule, "web.shop"), Some(MirrorState::Failed { failure, .. }) if failure.reason == Reason::RefNotFound));
+    schedule.take_in(
+        NOW,
+        1.0,
+        &key(A),
+        seen(
+            ended("exit-code", 20, "kari: the repository has no commit aaa\n"),
+            &[],
+        ),
+    );
+    assert!(
+        matches!(state(&schedule, "web.shop"), Some(MirrorState::Failed { failure, .. }) if failure.reason == Reason::RefNotFound)
+    );
     schedule.want(NOW, &app("web.shop"), want(A, 'b'), "/m/a.git".into());
     schedule.take_in(NOW, 1.0, &key(A), seen(Unit::Absent, &[]));
     assert!(schedule.next_start().is_some());
@@ -135,13 +199,34 @@ fn a_damaged_mirror_is_made_anew_once_and_an_unclear_failure_is_looked_into() {
     let fail = |schedule: &mut Schedule, now, log: &str, status| {
         schedule.take_in(now, 1.0, &key(A), seen(Unit::Absent, &[]));
         let mode = schedule.next_start().map(|start| start.mode);
-        (mode, schedule.take_in(now, 1.0, &key(A), seen(ended("exit-code", status, log), &[])))
+        (
+            mode,
+            schedule.take_in(
+                now,
+                1.0,
+                &key(A),
+                seen(ended("exit-code", status, log), &[]),
+            ),
+        )
     };
-    let corrupt = "error: object file objects/ab/cd is empty\nfatal: loose object abcd is corrupt\n";
-    assert_eq!(fail(&mut schedule, NOW, "something new\n", 1), (Some(Mode::Fetch), Action::Stop));
-    assert_eq!(fail(&mut schedule, NOW + seconds(60), corrupt, 21), (Some(Mode::Check), Action::StopAndDrop));
-    assert_eq!(fail(&mut schedule, NOW + seconds(60), corrupt, 128), (Some(Mode::Fetch), Action::Stop));
-    assert_eq!(fail(&mut schedule, NOW + seconds(600), corrupt, 128), (Some(Mode::Fetch), Action::Stop));
+    let corrupt =
+        "error: object file objects/ab/cd is empty\nfatal: loose object abcd is corrupt\n";
+    assert_eq!(
+        fail(&mut schedule, NOW, "something new\n", 1),
+        (Some(Mode::Fetch), Action::Stop)
+    );
+    assert_eq!(
+        fail(&mut schedule, NOW + seconds(60), corrupt, 21),
+        (Some(Mode::Check), Action::StopAndDrop)
+    );
+    assert_eq!(
+        fail(&mut schedule, NOW + seconds(60), corrupt, 128),
+        (Some(Mode::Fetch), Action::Stop)
+    );
+    assert_eq!(
+        fail(&mut schedule, NOW + seconds(600), corrupt, 128),
+        (Some(Mode::Fetch), Action::Stop)
+    );
 }
 
 #[test]
@@ -149,21 +234,41 @@ fn a_suspected_mirror_gives_no_commit_before_it_was_looked_through() {
     let mut schedule = one(1);
     schedule.take_in(NOW, 0.0, &key(A), seen(Unit::Absent, &[("web.shop", 'a')]));
     schedule.suspect(&app("web.shop"));
-    assert!(matches!(state(&schedule, "web.shop"), Some(MirrorState::Queued { .. })));
+    assert!(matches!(
+        state(&schedule, "web.shop"),
+        Some(MirrorState::Queued { .. })
+    ));
     schedule.take_in(NOW, 0.0, &key(A), seen(Unit::Absent, &[("web.shop", 'a')]));
-    assert_eq!(schedule.next_start().map(|start| start.mode), Some(Mode::Check));
-    schedule.take_in(NOW, 0.0, &key(A), seen(ended("success", 0, ""), &[("web.shop", 'a')]));
-    assert!(matches!(state(&schedule, "web.shop"), Some(MirrorState::Ready { .. })));
+    assert_eq!(
+        schedule.next_start().map(|start| start.mode),
+        Some(Mode::Check)
+    );
+    schedule.take_in(
+        NOW,
+        0.0,
+        &key(A),
+        seen(ended("success", 0, ""), &[("web.shop", 'a')]),
+    );
+    assert!(matches!(
+        state(&schedule, "web.shop"),
+        Some(MirrorState::Ready { .. })
+    ));
 }
 
 #[test]
 fn a_fetch_that_nobody_wants_is_stopped_and_one_of_before_a_restart_is_taken_up() {
     let mut schedule = one(1);
-    assert_eq!(schedule.take_in(NOW, 0.0, &key(A), seen(Unit::Running, &[])), Action::Nothing);
+    assert_eq!(
+        schedule.take_in(NOW, 0.0, &key(A), seen(Unit::Running, &[])),
+        Action::Nothing
+    );
     assert_eq!(state(&schedule, "web.shop"), Some(MirrorState::Fetching));
     assert_eq!(schedule.next_start(), None);
     schedule.unwant(&app("web.shop"));
-    assert_eq!(schedule.take_in(NOW, 0.0, &key(A), seen(Unit::Running, &[])), Action::Stop);
+    assert_eq!(
+        schedule.take_in(NOW, 0.0, &key(A), seen(Unit::Running, &[])),
+        Action::Stop
+    );
     assert_eq!(schedule.mirrors().count(), 0);
     assert_eq!(state(&schedule, "web.shop"), None);
 }
@@ -190,7 +295,8 @@ enum Event {
 
 fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
-        (0..3_usize, 0..2_usize, prop_oneof![Just('a'), Just('b')]).prop_map(|(a, m, c)| Event::Want(a, m, c)),
+        (0..3_usize, 0..2_usize, prop_oneof![Just('a'), Just('b')])
+            .prop_map(|(a, m, c)| Event::Want(a, m, c)),
         (0..3_usize).prop_map(Event::Unwant),
         Just(Event::Look),
         (0..2_usize, any::<bool>()).prop_map(|(m, good)| Event::End(m, good)),
@@ -233,20 +339,35 @@ impl Node {
             }
         }
         while let Some(start) = schedule.next_start() {
-            assert!(!start.holds.is_empty() || start.mode == Mode::Check, "a fetch of nothing");
-            assert!(!self.ended.contains_key(&start.key), "the unit's name is taken");
-            assert!(self.running.insert(start.key.clone(), start).is_none(), "two fetches into one mirror");
+            assert!(
+                !start.holds.is_empty() || start.mode == Mode::Check,
+                "a fetch of nothing"
+            );
+            assert!(
+                !self.ended.contains_key(&start.key),
+                "the unit's name is taken"
+            );
+            assert!(
+                self.running.insert(start.key.clone(), start).is_none(),
+                "two fetches into one mirror"
+            );
         }
         assert!(self.running.len() <= 1, "one slot");
     }
 
     fn end(&mut self, key: &MirrorKey, good: bool) {
-        let Some(start) = self.running.remove(key) else { return };
+        let Some(start) = self.running.remove(key) else {
+            return;
+        };
         if good {
             let held = self.held.entry(key.clone()).or_default();
             held.extend(start.holds.into_iter().map(|hold| (hold.app, hold.commit)));
         }
-        let unit = if good { ended("success", 0, "") } else { ended("exit-code", 128, "fatal: early EOF") };
+        let unit = if good {
+            ended("success", 0, "")
+        } else {
+            ended("exit-code", 128, "fatal: early EOF")
+        };
         self.ended.insert(key.clone(), unit);
     }
 }

@@ -29,11 +29,15 @@ follow_rollout hello-python "$commit"
 run kubectl get kd,krel
 
 heading "4. A request through the proxy of each node"
+declare -A proxies
+for node in "${nodes[@]}"; do
+    proxies[$node]=$(proxy_of "$node")
+done
+ask() { curl --silent --max-time 5 --header "Host: $host" "http://${proxies[$1]}$2" "${@:3}"; }
 ask_each_node() {
-    local node
     for node in "${nodes[@]}"; do
-        printf '   %s: ' "$node"
-        on_node "$node" curl --silent --show-error --fail --max-time 5 --header "Host: $host" http://127.0.0.1/
+        printf '   %s, %s: ' "$node" "${proxies[$node]}"
+        ask "$node" / --show-error --fail
     done
 }
 ask_each_node
@@ -42,20 +46,20 @@ heading "5. A second commit, while each proxy is asked ten times a second"
 sed -i 's/from Python on/from the second commit on/' "$app/hello/server.py"
 { read -r url; read -r commit; } < <(testbed git hello-python "$app" --message "Greet from the second commit")
 say "   commit ${commit:0:7}"
+asked_enough=$session_dir/asked-enough
+keep_asking() {
+    until [[ -e $asked_enough ]]; do
+        ask "$1" / --output /dev/null --write-out '%{http_code}\n' || true
+        sleep 0.1
+    done
+}
 for node in "${nodes[@]}"; do
-    # shellcheck disable=SC2016  # $1 is the inner shell's
-    on_node "$node" sh -c '
-        while [ ! -e /run/demo-asked-enough ]; do
-            curl --silent --max-time 5 --output /dev/null --write-out "%{http_code}\n" --header "Host: $1" http://127.0.0.1/ || true
-            sleep 0.1
-        done' sh "$host" >"$session_dir/answers-$node" &
+    keep_asking "$node" >"$session_dir/answers-$node" &
 done
 # Kari looks at the repository each minute; this says: now.
 run kubectl annotate kd/hello-python --overwrite "kari.dev/requestedAt=$(date --utc +%FT%TZ)"
 follow_rollout hello-python "$commit"
-for node in "${nodes[@]}"; do
-    on_node "$node" touch /run/demo-asked-enough
-done
+touch "$asked_enough"
 wait
 asked=$(cat "$session_dir"/answers-* | wc -l)
 failed=$(cat "$session_dir"/answers-* | grep -cv '^200$' || true)
@@ -76,7 +80,8 @@ cat <<END
    kubectl describe kd hello-python                    # what it is, and why
    kubectl explain kd.spec.processes                   # what a manifest can say
    testbed exec n1 --dir $testbed_dir -- systemctl list-units 'kari*'    # what a node runs
-   testbed exec n1 --dir $testbed_dir -- curl -s -H 'Host: $host' http://127.0.0.1/version
+   curl -H 'Host: $host' http://${proxies[n1]}/version        # through the proxy of n1
+   testbed status --dir $testbed_dir        # each part, where it answers, and its log
 
    # change the application: edit $app/hello/server.py, then
    testbed git hello-python $app --dir $testbed_dir

@@ -1,31 +1,23 @@
 #!/usr/bin/env bash
-# Makes sure that the programs are there which demo, tests and checks run.
+# Makes sure that the programs are there which building, the checks and the
+# examples run. What its nodes need the testbed installs itself, likewise.
 #
 # As root on Debian or Ubuntu it installs what is missing with apt-get; elsewhere
 # it says what is missing and ends with 1. With everything there it changes
 # nothing and asks no network.
 set -euo pipefail
 
-# Programs that are not on every user's PATH.
-PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
-
 # What is needed: a command (or a test below) and the package that has it.
 readonly needs=(
     "cc gcc"                      # links Rust programs and builds ring's C parts
     "curl curl"
-    "dbus-daemon dbus"            # the nodes' system bus
     "git git"
-    "ip iproute2"                 # the nodes' networks
-    "nginx nginx"                 # the nodes' proxy
     "node nodejs"                 # the examples' languages, Go apart
-    "nsenter util-linux"
     "python3 python3"
     "shellcheck shellcheck"
-    "systemctl systemd"           # the nodes' PID 1
     "yamllint yamllint"
     "+libc-headers libc6-dev"
     "+certificates ca-certificates"
-    "+libnss-systemd libnss-systemd"   # users from /etc/userdb
 )
 
 main() {
@@ -51,9 +43,6 @@ is_there() {
     case $1 in
         +libc-headers) echo '#include <stdlib.h>' | cc -E - >/dev/null 2>&1 ;;
         +certificates) [[ -e /etc/ssl/certs/ca-certificates.crt ]] ;;
-        # Looked for by name: a library has no command. Listed rather than
-        # matched by `grep -q`, which would end ldconfig in mid-write.
-        +libnss-systemd) [[ $(ldconfig -p) == *libnss_systemd.so.2* ]] ;;
         *) command -v "$1" >/dev/null ;;
     esac
 }
@@ -75,16 +64,8 @@ missing_toolchains() {
 install() {
     echo "installing: $*" >&2
     export DEBIAN_FRONTEND=noninteractive
-    local nginx_was_there=1
-    command -v nginx >/dev/null || nginx_was_there=0
-    refuse_service_starts
     quietly apt-get update
     quietly apt-get install -y --no-install-recommends "$@"
-    if ((nginx_was_there == 0)); then
-        # Only its program is wanted. Left enabled, it would hold port 80 of
-        # this machine from the next boot on.
-        systemctl disable --quiet nginx.service >/dev/null 2>&1 || true
-    fi
 }
 
 # Runs a command without its output, unless it fails.
@@ -94,17 +75,6 @@ quietly() {
         printf '%s\n%s failed\n' "$output" "$*" >&2
         exit 1
     }
-}
-
-# Debian starts a service when its package is installed, unless this file says no.
-refuse_service_starts() {
-    local policy=/usr/sbin/policy-rc.d
-    if [[ -e $policy ]]; then
-        return
-    fi
-    printf '#!/bin/sh\nexit 101\n' >"$policy"
-    chmod 755 "$policy"
-    trap 'rm -f /usr/sbin/policy-rc.d' EXIT
 }
 
 main

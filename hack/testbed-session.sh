@@ -3,6 +3,7 @@
 # ends, however it ends, and what to ask it.
 #
 #   begin_testbed --nodes 3         # then KUBECONFIG is set, and kubectl and testbed are on PATH
+#   proxy_of n1                     # prints where its proxy answers on this machine
 #   follow_rollout NAME COMMIT      # prints each step until COMMIT is served everywhere
 
 # Longest time for one rollout: three builds one after the other on a busy
@@ -31,11 +32,12 @@ run() {
 }
 
 testbed() { command testbed "$@" --dir "$testbed_dir"; }
-# For commands that take everything behind `--` as their own.
-on_node() {
-    local node=$1
-    shift
-    command testbed exec --dir "$testbed_dir" "$node" -- "$@"
+
+# Where the proxy of a node answers on this machine, as address:port.
+proxy_of() {
+    testbed status --json | python3 -c '
+import json, sys
+print(next(p["forwarded"] for p in json.load(sys.stdin) if p["part"] == "node/" + sys.argv[1]))' "$1"
 }
 
 begin_testbed() {
@@ -68,6 +70,7 @@ end_session() {
 
 # What somebody needs to find out why it failed, before it is taken down.
 say_what_happened() {
+    [[ ${KUBECONFIG:-} == "$testbed_dir"/* ]] || return 0 # nothing came up
     heading "This failed. What there is to see:"
     kubectl get kd,krel --all-namespaces -o wide
     kubectl describe kd --all-namespaces | tail -40

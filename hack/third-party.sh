@@ -11,7 +11,6 @@ set -euo pipefail
 source "$(dirname "$0")/testbed-session.sh"
 
 readonly pushgateway=github.com/prometheus/pushgateway@v1.11.1
-readonly node=n1
 
 main() {
     command -v dpkg-source >/dev/null || { say "missing: dpkg-source, from the package dpkg-dev" >&2; exit 1; }
@@ -22,10 +21,10 @@ main() {
 
     heading "One node in this machine's own network, so that builds reach the registries"
     begin_testbed --nodes 1 --network host
+    proxy=$(proxy_of n1)
 
     deploy pushgateway
-    printf 'jobs_done 3\n' | on_node $node curl --silent --show-error --fail --header "Host: pushgateway.example.com" \
-        --data-binary @- http://127.0.0.1/metrics/job/third-party
+    printf 'jobs_done 3\n' | request pushgateway /metrics/job/third-party --data-binary @-
     ask pushgateway /metrics 'jobs_done{.*job="third-party".*} 3'
 
     deploy lighttpd
@@ -80,10 +79,15 @@ deploy() {
     follow_rollout "$name" "$commit"
 }
 
-# One request through the node's proxy, whose answer must match.
+# One request through the node's proxy.
+request() {
+    curl --silent --show-error --fail --max-time 5 --header "Host: $1.example.com" "http://$proxy$2" "${@:3}"
+}
+
+# One request whose answer must match.
 ask() {
     local name=$1 path=$2 expected=$3 answer
-    answer=$(on_node $node curl --silent --show-error --fail --max-time 5 --header "Host: $name.example.com" "http://127.0.0.1$path")
+    answer=$(request "$name" "$path")
     if ! grep -q "$expected" <<<"$answer"; then
         say "http://$name.example.com$path did not answer with \"$expected\" but with:" >&2
         head -20 <<<"$answer" >&2

@@ -2,10 +2,11 @@
 //! declared as Kubernetes custom resources.
 //!
 //! In reading order: `api` is the contract, `runtime` what both sides need
-//! besides kube-rs.
+//! besides kube-rs, `controller` the cluster side.
 
 pub mod agent;
 pub mod api;
 pub mod arguments;
+pub mod controller;
 pub mod runtime;
 pub mod telemetry;

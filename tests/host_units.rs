@@ -54,9 +54,14 @@ async fn run_in_node(path: &str) -> bool {
         return false;
     }
     let testbed = TESTBED.get_or_init(node_with_this_program).await;
-    let test = path.split("::").nth(1).unwrap();
     let _turn = TURN.lock().await;
-    let variable = format!("{IN_NODE}=1");
+    run_once(testbed, path.split("::").nth(1).unwrap(), "1").await;
+    true
+}
+
+/// Runs a test in the node, which finds `phase` in [`IN_NODE`].
+async fn run_once(testbed: &Testbed, test: &str, phase: &str) {
+    let variable = format!("{IN_NODE}={phase}");
     let words = ["env", &variable, PROGRAM, "--exact", test, "--nocapture"];
     let output = testbed.node("n1").unwrap().exec(words).await.unwrap();
     let text = format!(
@@ -69,7 +74,6 @@ async fn run_in_node(path: &str) -> bool {
         "{text}"
     );
     print!("{text}");
-    true
 }
 
 async fn node_with_this_program() -> Testbed {
@@ -1079,5 +1083,60 @@ async fn a_crash_loop_is_counted_and_its_program_that_is_missing_is_told() {
                 .is_none_or(|state| state.active_state == ActiveState::Inactive),
             "{left:?}"
         );
+    }
+}
+
+#[tokio::test]
+async fn a_reboot_without_an_agent_comes_up_serving() {
+    const TEST: &str = "a_reboot_without_an_agent_comes_up_serving";
+    let target = "kari.test.reboot.target";
+    match std::env::var(IN_NODE).as_deref() {
+        Ok("before") => {
+            let app = app("reboot").await;
+            let tree = app.tree(&[("serve", "#!/bin/sh\nexec sleep 1000\n")]);
+            let process = |name: &str| serde_json::json!({"name": name, "command": ["./serve"], "stateDirectory": true});
+            let committed = app.serve(&tree, None, &[], process("web")).await;
+            // Runs, and was never committed.
+            app.serve(&tree, None, &[], process("attempt")).await;
+            app.files
+                .write(target, &unit::target_text(&app.name, &[committed]))
+                .unwrap();
+            app.files.enable(target).unwrap();
+        }
+        Ok("after") => {
+            let (systemd, _events) = systemd().await;
+            let app = App {
+                systemd,
+                ..app("reboot").await
+            };
+            let text = app.files.read(target).unwrap().unwrap();
+            let committed = &unit::target_units(&text)[0];
+            let state = app
+                .wait(committed, |state| state.active_state == ActiveState::Active)
+                .await;
+            assert!(state.main_pid > 0 && !state.need_daemon_reload, "{state:?}");
+            let patterns = unit::app_patterns(&app.name);
+            let running = app
+                .systemd
+                .list_units(&patterns.each_ref().map(String::as_str))
+                .await
+                .unwrap();
+            let names: Vec<_> = running.iter().map(|unit| unit.name.as_str()).collect();
+            assert_eq!(
+                names.len(),
+                2,
+                "the target and what it names, and nothing else: {names:?}"
+            );
+            app.files.disable(target).unwrap();
+            app.systemd.stop_unit(committed, LIMIT).await.unwrap();
+        }
+        Ok(phase) => panic!("{phase:?} is no phase of this test"),
+        Err(_) => {
+            let testbed = TESTBED.get_or_init(node_with_this_program).await;
+            let _turn = TURN.lock().await;
+            run_once(testbed, TEST, "before").await;
+            testbed.node("n1").unwrap().reboot().await.unwrap();
+            run_once(testbed, TEST, "after").await;
+        }
     }
 }

@@ -1,5 +1,11 @@
 //! What the API server refuses and what it takes: the schema, asked of a real one.
 
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test ends where something is not as it must be"
+)]
+
 mod support;
 
 use kari::api::Deployment;
@@ -576,8 +582,8 @@ fn api(client: kube::Client, namespace: &str) -> Api<DynamicObject> {
 
 #[tokio::test]
 async fn bad_manifests_are_refused_with_a_message_that_says_what_to_change() {
-    let client = support::api_server().await;
-    let api = api(client, "default");
+    let testbed = support::control_plane().await;
+    let api = api(testbed.client().await.expect("a client"), "default");
     let cases = bad();
     assert!(cases.len() >= 50);
     let mut wrong = Vec::new();
@@ -599,16 +605,15 @@ async fn bad_manifests_are_refused_with_a_message_that_says_what_to_change() {
 
 #[tokio::test]
 async fn good_manifests_are_taken_and_read_back() {
-    let client = support::api_server().await;
-    let namespace = support::namespace(&client).await;
-    let api = api(client.clone(), &namespace);
+    let space = support::Space::new(support::control_plane().await, "schema").await;
+    let api = api(space.client.clone(), &space.namespace);
     for (number, (what, mut manifest)) in accepted().into_iter().enumerate() {
         manifest["metadata"]["name"] = json!(format!("good-{number}"));
         let object: DynamicObject = serde_json::from_value(manifest).expect("an object");
         if let Err(error) = strict_create(&api, &PostParams::default(), &object).await {
             panic!("{what}: {error}");
         }
-        let typed: Api<Deployment> = Api::namespaced(client.clone(), &namespace);
+        let typed: Api<Deployment> = space.deployments();
         let stored = typed
             .get(&format!("good-{number}"))
             .await
@@ -623,9 +628,8 @@ async fn good_manifests_are_taken_and_read_back() {
 
 #[tokio::test]
 async fn a_reference_changes_its_kind_by_server_side_apply_and_by_merge() {
-    let client = support::api_server().await;
-    let namespace = support::namespace(&client).await;
-    let api = api(client, &namespace);
+    let space = support::Space::new(support::control_plane().await, "schema").await;
+    let api = api(space.client.clone(), &space.namespace);
     let parameters = PatchParams::apply("test").force();
     let kinds = [
         json!({"branch": "main"}),

@@ -24,8 +24,8 @@ import (
 // what was cut off before systemd ends the process.
 const drainTimeout = 25 * time.Second
 
-// No caller may hold a connection for longer than this with /work.
-const longestWork = 10 * time.Second
+// No caller may hold a connection for longer than this with /slow.
+const longestSlow = 10 * time.Second
 
 func main() {
 	log.SetFlags(0) // the journal has the time
@@ -74,10 +74,10 @@ func routes(greeting string) http.Handler {
 		})
 	})
 	// Stands for real work: a request that is in flight for a while.
-	mux.HandleFunc("/work", func(w http.ResponseWriter, r *http.Request) {
+	mux.HandleFunc("/slow", func(w http.ResponseWriter, r *http.Request) {
 		milliseconds, err := strconv.Atoi(r.URL.Query().Get("milliseconds"))
 		duration := time.Duration(milliseconds) * time.Millisecond
-		if err != nil || duration < 0 || duration > longestWork {
+		if err != nil || duration < 0 || duration > longestSlow {
 			http.Error(w, "milliseconds must be a number from 0 to 10000", http.StatusBadRequest)
 			return
 		}

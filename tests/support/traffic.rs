@@ -44,13 +44,24 @@ pub trait Connect: Clone + Send + Sync + 'static {
 
 impl Traffic {
     /// Sends `per_second` GETs of `/` for `host` to `to`, over `connections` connections that are kept alive.
-    pub fn start(connect: impl Connect, to: SocketAddr, host: &str, per_second: u32, connections: u32) -> Self {
+    pub fn start(
+        connect: impl Connect,
+        to: SocketAddr,
+        host: &str,
+        per_second: u32,
+        connections: u32,
+    ) -> Self {
         let stop = CancellationToken::new();
         let tally = Arc::new(Mutex::new(Tally::default()));
         let mut tasks = JoinSet::new();
         let period = Duration::from_secs(1) * connections / per_second;
         for number in 0..connections {
-            let (connect, stop, tally, host) = (connect.clone(), stop.clone(), tally.clone(), host.to_owned());
+            let (connect, stop, tally, host) = (
+                connect.clone(),
+                stop.clone(),
+                tally.clone(),
+                host.to_owned(),
+            );
             tasks.spawn(async move {
                 let first = tokio::time::Instant::now() + period * number / connections;
                 let mut ticks = tokio::time::interval_at(first, period);
@@ -88,6 +99,32 @@ impl Traffic {
     }
 }
 
+/// One GET on a connection of its own: the status and the body.
+pub async fn get_once(
+    connect: &impl Connect,
+    to: SocketAddr,
+    host: &str,
+    path: &str,
+) -> Result<(u16, String), String> {
+    let mut sender = open(connect, to)
+        .await
+        .map_err(|e| format!("no connection: {e}"))?;
+    let request = hyper::Request::get(path)
+        .header("host", host)
+        .body(Empty::new())
+        .map_err(|e| e.to_string())?;
+    let answer = async {
+        let response = sender.send_request(request).await?;
+        let status = response.status().as_u16();
+        let body = response.into_body().collect().await?.to_bytes();
+        Ok::<_, hyper::Error>((status, String::from_utf8_lossy(&body).into_owned()))
+    };
+    match tokio::time::timeout(ANSWER_TIMEOUT, answer).await {
+        Ok(answer) => answer.map_err(|e| format!("{e:?}")),
+        Err(_) => Err(format!("no answer within {ANSWER_TIMEOUT:?}")),
+    }
+}
+
 struct Answer {
     body: String,
     reconnected: bool,
@@ -96,18 +133,33 @@ struct Answer {
 /// Longer than any answer of a healthy node takes, so that a request that hangs is one that failed.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-async fn request(connect: &impl Connect, to: SocketAddr, host: &str, connection: &mut Option<SendRequest<Empty<Bytes>>>) -> Result<Answer, String> {
+async fn request(
+    connect: &impl Connect,
+    to: SocketAddr,
+    host: &str,
+    connection: &mut Option<SendRequest<Empty<Bytes>>>,
+) -> Result<Answer, String> {
     let started = Instant::now();
     let mut reconnected = false;
-    if connection.as_ref().is_some_and(|c| c.is_closed() || !c.is_ready()) {
+    if connection
+        .as_ref()
+        .is_some_and(|c| c.is_closed() || !c.is_ready())
+    {
         *connection = None;
         reconnected = true;
     }
     let sender = match connection {
         Some(sender) => sender,
-        None => connection.insert(open(connect, to).await.map_err(|e| format!("no connection: {e}"))?),
+        None => connection.insert(
+            open(connect, to)
+                .await
+                .map_err(|e| format!("no connection: {e}"))?,
+        ),
     };
-    let request = hyper::Request::get("/").header("host", host).body(Empty::new()).map_err(|e| e.to_string())?;
+    let request = hyper::Request::get("/")
+        .header("host", host)
+        .body(Empty::new())
+        .map_err(|e| e.to_string())?;
     let answer = async {
         let response = sender.send_request(request).await?;
         let status = response.status();
@@ -115,17 +167,29 @@ async fn request(connect: &impl Connect, to: SocketAddr, host: &str, connection:
         Ok::<_, hyper::Error>((status, body))
     };
     match tokio::time::timeout(ANSWER_TIMEOUT, answer).await {
-        Ok(Ok((status, body))) if status.is_success() => Ok(Answer { body: String::from_utf8_lossy(&body).into_owned(), reconnected }),
-        Ok(Ok((status, body))) => Err(format!("{status} after {:?}: {}", started.elapsed(), String::from_utf8_lossy(&body))),
+        Ok(Ok((status, body))) if status.is_success() => Ok(Answer {
+            body: String::from_utf8_lossy(&body).into_owned(),
+            reconnected,
+        }),
+        Ok(Ok((status, body))) => Err(format!(
+            "{status} after {:?}: {}",
+            started.elapsed(),
+            String::from_utf8_lossy(&body)
+        )),
         Ok(Err(error)) => Err(format!("broke after {:?}: {error:?}", started.elapsed())),
         Err(_) => Err(format!("no answer within {ANSWER_TIMEOUT:?}")),
     }
 }
 
-async fn open(connect: &impl Connect, to: SocketAddr) -> std::io::Result<SendRequest<Empty<Bytes>>> {
+async fn open(
+    connect: &impl Connect,
+    to: SocketAddr,
+) -> std::io::Result<SendRequest<Empty<Bytes>>> {
     let stream = connect.connect(to).await?;
     stream.set_nodelay(true)?;
-    let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(std::io::Error::other)?;
+    let (sender, connection) = handshake(TokioIo::new(stream))
+        .await
+        .map_err(std::io::Error::other)?;
     tokio::spawn(connection);
     Ok(sender)
 }

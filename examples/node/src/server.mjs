@@ -2,8 +2,8 @@
 import { createServer } from "node:http";
 import page from "./page.mjs";
 
-// No caller may hold a connection for longer than this with /work.
-const LONGEST_WORK_MILLISECONDS = 10_000;
+// No caller may hold a connection for longer than this with /slow.
+const LONGEST_SLOW_MILLISECONDS = 10_000;
 
 export function makeServer({ greeting, commit, node }) {
   return createServer((request, response) => {
@@ -16,8 +16,8 @@ export function makeServer({ greeting, commit, node }) {
       answer(response, 200, "ok\n");
     } else if (target.pathname === "/version") {
       answer(response, 200, JSON.stringify({ commit, node }) + "\n", "application/json");
-    } else if (target.pathname === "/work") {
-      work(response, target.searchParams.get("milliseconds"));
+    } else if (target.pathname === "/slow") {
+      slow(response, target.searchParams.get("milliseconds"));
     } else {
       answer(response, 404, "not found\n");
     }
@@ -25,8 +25,8 @@ export function makeServer({ greeting, commit, node }) {
 }
 
 // Stands for real work: a request that is in flight for a while.
-function work(response, milliseconds) {
-  if (!/^\d{1,5}$/.test(milliseconds ?? "") || Number(milliseconds) > LONGEST_WORK_MILLISECONDS) {
+function slow(response, milliseconds) {
+  if (!/^\d{1,5}$/.test(milliseconds ?? "") || Number(milliseconds) > LONGEST_SLOW_MILLISECONDS) {
     answer(response, 400, "milliseconds must be a number from 0 to 10000\n");
     return;
   }

@@ -6,8 +6,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-# No caller may hold a connection for longer than this with /work.
-LONGEST_WORK_MILLISECONDS = 10_000
+# No caller may hold a connection for longer than this with /slow.
+LONGEST_SLOW_MILLISECONDS = 10_000
 
 
 class Server(ThreadingHTTPServer):
@@ -42,14 +42,14 @@ class Handler(BaseHTTPRequestHandler):
                 "node": os.environ.get("KARI_NODE", "unknown"),
             }
             self.answer(200, json.dumps(version) + "\n", "application/json")
-        elif target.path == "/work":
-            self.work(parse_qs(target.query).get("milliseconds", [""])[0])
+        elif target.path == "/slow":
+            self.slow(parse_qs(target.query).get("milliseconds", [""])[0])
         else:
             self.answer(404, "not found\n")
 
-    def work(self, milliseconds: str) -> None:
+    def slow(self, milliseconds: str) -> None:
         """Stands for real work: a request that is in flight for a while."""
-        if not milliseconds.isdecimal() or int(milliseconds) > LONGEST_WORK_MILLISECONDS:
+        if not milliseconds.isdecimal() or int(milliseconds) > LONGEST_SLOW_MILLISECONDS:
             self.answer(400, "milliseconds must be a number from 0 to 10000\n")
             return
         time.sleep(int(milliseconds) / 1000)

@@ -131,6 +131,8 @@ pub struct ProcessRecord {
     pub name: String,
     /// The full name of its unit, `kari.….service`.
     pub unit: String,
+    /// The unit file's text, so that it can be put back whatever made it.
+    pub text: String,
     /// The digest of all that the unit says but its port: equal means that the unit need not be touched.
     pub content: ContentDigest,
     /// The port it was given, if it listens.
@@ -350,4 +352,126 @@ pub fn render<R: Record>(record: &R) -> Result<Vec<u8>, RecordError> {
     let mut text = serde_json::to_vec_pretty(record).map_err(RecordError::Malformed)?;
     text.push(b'\n');
     Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attempt() -> serde_json::Value {
+        serde_json::json!({
+            "version": 1,
+            "wish": {
+                "app": {"namespace": "web", "name": "shop"},
+                "releaseId": "5f0c8a4e-5d6e-5f00-8000-000000000000",
+                "attempt": 3,
+                "generation": 4,
+                "revision": "shop-6f9c2b41ab",
+                "commit": "4b825dc04b825dc04b825dc04b825dc04b825dc0",
+                "template": {
+                    "source": {"url": "https://git.example.com/shop.git"},
+                    "processes": [{"name": "web", "command": ["./serve"]}],
+                    "switch": "BlueGreen",
+                    "minReadySeconds": 5,
+                    "keepReleases": 2,
+                },
+            },
+            "buildKey": "0123456789012345678901234567890123456789",
+        })
+    }
+
+    fn text(value: &serde_json::Value) -> Vec<u8> {
+        serde_json::to_vec(value).unwrap()
+    }
+
+    #[test]
+    fn a_record_reads_back_and_what_a_newer_agent_added_is_read_over() {
+        let mut json = attempt();
+        let record: AttemptRecord = parse(&text(&json)).unwrap();
+        assert_eq!(
+            parse::<AttemptRecord>(&render(&record).unwrap()).unwrap(),
+            record
+        );
+        json["soon"] = serde_json::json!({"a": 1});
+        json["wish"]["soon"] = serde_json::json!(1);
+        assert_eq!(parse::<AttemptRecord>(&text(&json)).unwrap(), record);
+    }
+
+    #[test]
+    fn each_outcome_reads_back() {
+        let at = Timestamp::UNIX_EPOCH;
+        let failure = RecordedFailure {
+            reason: Reason::BuildFailed,
+            message: "the build ended with exit status 2".to_owned(),
+            log_tail: Some("make: ***\n".to_owned()),
+        };
+        let mut record: AttemptRecord = parse(&text(&attempt())).unwrap();
+        for outcome in [
+            Outcome::Committed { at },
+            Outcome::Failed {
+                at,
+                failure,
+                undone: false,
+            },
+            Outcome::Superseded { at, undone: true },
+        ] {
+            record.outcome = Some(outcome);
+            assert_eq!(
+                parse::<AttemptRecord>(&render(&record).unwrap()).unwrap(),
+                record
+            );
+        }
+    }
+
+    #[test]
+    fn a_record_that_is_not_this_agents_is_an_error_that_says_why() {
+        let mut other_version = attempt();
+        other_version["version"] = serde_json::json!(2);
+        other_version.as_object_mut().unwrap().remove("wish");
+        assert!(matches!(
+            parse::<AttemptRecord>(&text(&other_version)),
+            Err(RecordError::Version { found: 2 })
+        ));
+        for (path, value) in [
+            ("/buildKey", serde_json::json!("../../etc")),
+            ("/wish/commit", serde_json::json!("main")),
+            ("/wish/releaseId", serde_json::json!("5")),
+            ("/wish/template", serde_json::json!(null)),
+        ] {
+            let mut json = attempt();
+            *json.pointer_mut(path).unwrap() = value;
+            assert!(
+                matches!(
+                    parse::<AttemptRecord>(&text(&json)),
+                    Err(RecordError::Malformed(_))
+                ),
+                "{path}"
+            );
+        }
+    }
+
+    #[test]
+    fn only_a_good_end_is_a_success() {
+        let result = |result: &str, code, status| StepResult {
+            result: result.to_owned(),
+            code,
+            status,
+        };
+        for (result, success, main_ran) in [
+            (result("success", 1, 0), true, true),
+            // Nothing ran, as systemd also says of a unit that does not exist.
+            (result("success", 0, 0), false, false),
+            (result("exit-code", 1, 2), false, true),
+            (result("exit-code", 0, 0), false, false),
+            (result("signal", 2, 15), false, true),
+            // Trapped the signal of its deadline and ended well.
+            (result("timeout", 1, 0), false, true),
+        ] {
+            assert_eq!(
+                (result.is_success(), result.main_ran()),
+                (success, main_ran),
+                "{result:?}"
+            );
+        }
+    }
 }

@@ -219,3 +219,54 @@ impl Watcher {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn taken(marked: &mut Marked) -> Vec<HostEvent> {
+        std::iter::from_fn(|| marked.take()).collect()
+    }
+
+    #[test]
+    fn marks_of_one_unit_are_one_event_and_other_peoples_units_are_none() {
+        let mut marked = Marked::default();
+        for unit in [
+            "kari.b.service",
+            "sshd.service",
+            "kari.a.service",
+            "kari.b.service",
+        ] {
+            marked.mark(unit);
+        }
+        let unit = |name: &str| HostEvent::Unit(name.to_owned());
+        assert_eq!(
+            taken(&mut marked),
+            [unit("kari.a.service"), unit("kari.b.service")]
+        );
+        assert!(marked.is_empty());
+    }
+
+    #[test]
+    fn everything_stands_for_each_and_what_comes_later_is_told_too() {
+        let mut marked = Marked::default();
+        marked.mark("kari.a.service");
+        marked.mark_everything();
+        marked.mark("kari.b.service");
+        assert_eq!(taken(&mut marked), [HostEvent::Everything]);
+        marked.mark("kari.c.service");
+        assert_eq!(
+            taken(&mut marked),
+            [HostEvent::Unit("kari.c.service".to_owned())]
+        );
+    }
+
+    #[test]
+    fn a_reader_that_stays_away_costs_a_bounded_amount() {
+        let mut marked = Marked::default();
+        for number in 0..=MARKED_UNITS {
+            marked.mark(&format!("kari.{number}.service"));
+        }
+        assert_eq!(taken(&mut marked), [HostEvent::Everything]);
+    }
+}

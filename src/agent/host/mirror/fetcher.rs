@@ -169,6 +169,10 @@ impl Mirrors {
 
     /// Looks after the mirrors until it is dropped.
     pub async fn run(&self) {
+        if let Err(error) = self.install_script() {
+            // Each fetch tries again.
+            warn!(%error, "the script of the fetches cannot be written");
+        }
         let mut known = BTreeMap::new();
         loop {
             let pause = match self.round().await {
@@ -265,10 +269,7 @@ impl Mirrors {
         } = &*self.inner;
         let mirror = self.mirror(key);
         store::make_folder(&mirror, 0o755, Some(settings.uid))?;
-        let script = self.inner.store.mirrors().join("fetch.sh");
-        if store::read(&script)?.as_deref() != Some(SCRIPT.as_bytes()) {
-            write_durably(&script, SCRIPT.as_bytes(), 0o644)?;
-        }
+        let script = self.install_script()?;
         let log = self.log(key);
         store::remove(&log)?;
         let paths = Paths {
@@ -293,6 +294,15 @@ impl Mirrors {
             Ok(()) | Err(SystemdError::UnitExists { .. }) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Written at the agent's start already, so that an app which comes and goes leaves nothing behind.
+    fn install_script(&self) -> Result<PathBuf, StoreError> {
+        let script = self.inner.store.mirrors().join("fetch.sh");
+        if store::read(&script)?.as_deref() != Some(SCRIPT.as_bytes()) {
+            write_durably(&script, SCRIPT.as_bytes(), 0o644)?;
+        }
+        Ok(script)
     }
 
     async fn stop(&self, key: &MirrorKey) -> Result<(), MirrorError> {

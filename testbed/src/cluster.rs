@@ -38,6 +38,9 @@ const ADMISSION_POLICY: &str = include_str!("../../deploy/admission-policy.yaml"
 /// The name by which this crate owns fields.
 const FIELD_MANAGER: &str = "testbed";
 
+/// A process of the testbed is what runs; no image is ever fetched.
+const IMAGE: &str = "kari.invalid/kari:testbed";
+
 /// How long an object that was written may take to be in force: it needs about a second.
 const IN_FORCE_LIMIT: Duration = Duration::from_secs(30);
 
@@ -98,12 +101,8 @@ pub async fn add_node(
         {"type": "Hostname", "address": node_name},
     ]);
     let ready = json!([{"type": "Ready", "status": "True", "reason": "Testbed"}]);
-    write_status(
-        &nodes,
-        &node_name,
-        json!({"addresses": addresses, "conditions": ready}),
-    )
-    .await?;
+    let status = json!({"addresses": addresses, "conditions": ready, "nodeInfo": node_info()});
+    write_status(&nodes, &node_name, status).await?;
     let pod = format!("kari-agent-{name}");
     add_pod(client, &pod, "kari-agent", Some(name)).await?;
     let token = token(client, "kari-agent", &pod).await?;
@@ -216,18 +215,36 @@ async fn add_pod(client: &Client, name: &str, account: &str, node: Option<NodeNa
             "automountServiceAccountToken": false,
             "nodeName": node.map(|node| node.to_string()),
             "tolerations": [{"operator": "Exists"}],
-            // A process of the testbed is what runs; the name is for readers.
-            "containers": [{"name": "kari", "image": "kari.invalid/kari:testbed"}],
+            "containers": [{"name": "kari", "image": IMAGE}],
         },
     });
     write(&pods, name, pod).await?;
     let ready = json!([{"type": "Ready", "status": "True"}]);
-    write_status(
-        &pods,
-        name,
-        json!({"phase": "Running", "conditions": ready}),
-    )
-    .await
+    let container = json!([{
+        "name": "kari", "image": IMAGE, "imageID": "", "ready": true, "restartCount": 0,
+        "state": {"running": {}},
+    }]);
+    let status = json!({"phase": "Running", "conditions": ready, "containerStatuses": container});
+    write_status(&pods, name, status).await
+}
+
+/// What `kubectl get nodes -o wide` shows of this machine.
+fn node_info() -> serde_json::Value {
+    let uname = rustix::system::uname();
+    let system = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
+    let name = system
+        .lines()
+        .find_map(|line| line.strip_prefix("PRETTY_NAME="))
+        .unwrap_or("Linux")
+        .trim_matches('"');
+    json!({
+        "architecture": uname.machine().to_string_lossy(),
+        "operatingSystem": "linux",
+        "osImage": name,
+        "kernelVersion": uname.release().to_string_lossy(),
+        "machineID": "", "systemUUID": "", "bootID": "",
+        "containerRuntimeVersion": "", "kubeletVersion": "", "kubeProxyVersion": "",
+    })
 }
 
 async fn token(client: &Client, account: &str, pod: &str) -> Result<String> {

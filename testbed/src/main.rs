@@ -90,7 +90,7 @@ enum Verb {
         folder: Folder,
         /// controller, agent/nX, node/nX, apiserver, controller-manager, etcd or git
         part: Part,
-        /// TERM unless given; a node always has its power cut unless another one is given
+        /// HUP, INT, QUIT, KILL, USR1, USR2, TERM, CONT or STOP [default: TERM for the controller and agents, KILL for all else]
         #[arg(long, value_parser = parse_signal)]
         signal: Option<Signal>,
     },
@@ -227,8 +227,14 @@ fn run(verb: Verb) -> Result<ExitCode> {
             signal,
         } => {
             let ends = match part {
-                Part::Node(_) => Signal::KILL,
-                _ => Signal::TERM,
+                Part::Controller | Part::Agent(_) => Signal::TERM,
+                Part::Lab
+                | Part::Forwarder
+                | Part::Etcd
+                | Part::Apiserver
+                | Part::ControllerManager
+                | Part::Git
+                | Part::Node(_) => Signal::KILL,
             };
             block_on(folder.attach()?.kill(part, signal.unwrap_or(ends)))?;
         }

@@ -350,6 +350,16 @@ impl Directory {
         Ok(self.process(part)?.filter(|process| process.is_alive()))
     }
 
+    /// The processes of all parts as last recorded, running or not.
+    pub fn recorded_processes(&self) -> Result<Vec<Process>> {
+        let folder = self.join("parts");
+        let mut processes = Vec::new();
+        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+            processes.extend(read_json::<Process>(&entry.path())?);
+        }
+        Ok(processes)
+    }
+
     /// Records the process of a part.
     pub fn record_process(&self, part: Part, process: Process) -> Result<()> {
         write_json(&self.record(part), &process)

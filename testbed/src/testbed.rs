@@ -29,9 +29,9 @@ use crate::{
 /// How long processes may take to be gone after SIGKILL.
 const DOWN_LIMIT: Duration = Duration::from_secs(20);
 
-/// How long a part may take to end by a signal that ends it: the controller
-/// and the agents stop in order within 30 s.
-const END_LIMIT: Duration = Duration::from_secs(40);
+/// How long a part may take to end by a signal that ends it: the API server
+/// waits a minute for its watches.
+const END_LIMIT: Duration = Duration::from_secs(90);
 
 /// How long a command in a node may take.
 const EXEC_LIMIT: Duration = Duration::from_secs(300);
@@ -619,8 +619,11 @@ async fn start_parts(
 /// Ends every process, removes the cgroups and then the folder.
 fn take_down(directory: &Directory, description: &Description) -> Result<()> {
     let start = Instant::now();
+    // One that is ending has lost its environment already, and is waited for all the same.
+    let mut left = directory.recorded_processes()?;
     loop {
-        let left = process::of_testbed(&description.id);
+        left.extend(process::of_testbed(&description.id));
+        left.retain(|process| process.is_alive());
         if left.is_empty() {
             break;
         }
@@ -628,17 +631,14 @@ fn take_down(directory: &Directory, description: &Description) -> Result<()> {
             return Err(Error::NotReady {
                 what: "the testbed's processes did not end".to_owned(),
                 limit: DOWN_LIMIT,
-                seen: format!(
-                    "{:?}",
-                    left.iter().map(|process| process.pid).collect::<Vec<_>>()
-                ),
+                seen: format!("{left:?}"),
                 log: String::new(),
             });
         }
         for process in &left {
             process.signal(Signal::KILL)?;
         }
-        for process in left {
+        for process in &left {
             process.wait_end(Duration::from_millis(100));
         }
     }

@@ -1,1 +1,12 @@
-//! Kari deploys git repositories onto Linux nodes as native systemd services.
+//! Kari deploys git repositories onto Linux nodes as native systemd services,
+//! declared as Kubernetes custom resources.
+//!
+//! In reading order: `api` is the contract, `runtime` what both sides need
+//! besides kube-rs, `controller` the cluster side.
+
+pub mod agent;
+pub mod api;
+pub mod arguments;
+pub mod controller;
+pub mod runtime;
+pub mod telemetry;

@@ -1,2 +1,103 @@
 //! The `kari` program: arguments, telemetry and signals; nothing else.
-fn main() {}
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+use kari::api::names::NodeName;
+use kari::arguments::{AgentArguments, Arguments, Command, ControllerArguments};
+use kari::runtime::{client, error_chain, shutdown};
+use kari::{agent, api, controller, telemetry};
+
+type Failure = Box<dyn std::error::Error>;
+
+fn main() -> ExitCode {
+    match run(Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kari: {}", error_chain(&*error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> Result<(), Failure> {
+    if let Command::Crd = arguments.command {
+        return print_definitions();
+    }
+    let filter = std::env::var("RUST_LOG")
+        .ok()
+        .filter(|filter| !filter.is_empty())
+        .unwrap_or(arguments.log_level);
+    telemetry::init(arguments.log_format, &filter)?;
+    // TLS libraries choose a provider by what happens to be compiled in and
+    // panic when that is ambiguous. An error means that one is installed.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let shutdown = shutdown::on_signals()?;
+        match arguments.command {
+            Command::Crd => Ok(()),
+            Command::Controller(arguments) => {
+                let client = client::infer().await?;
+                Ok(controller::run(controller_config(arguments, client), shutdown).await?)
+            }
+            Command::Agent(arguments) => {
+                let client = client::infer().await?;
+                Ok(agent::run(agent_config(arguments, client), shutdown).await?)
+            }
+        }
+    })
+}
+
+fn controller_config(arguments: ControllerArguments, client: kube::Config) -> controller::Config {
+    let ControllerArguments {
+        namespace,
+        listen,
+        insecure_source_schemes,
+        source_slots,
+    } = arguments;
+    controller::Config {
+        client,
+        namespace,
+        listen,
+        insecure_source_schemes,
+        source_slots: source_slots.get().into(),
+    }
+}
+
+fn agent_config(arguments: AgentArguments, client: kube::Config) -> agent::Config {
+    let AgentArguments {
+        node_name,
+        namespace,
+        tool_path,
+        http_port,
+        listen,
+        fetch_slots,
+        build_slots,
+        uid_range,
+        port_range,
+    } = arguments;
+    agent::Config {
+        client,
+        node_name: NodeName::new(node_name),
+        namespace,
+        tool_path: tool_path.to_string(),
+        http_port: http_port.get(),
+        listen,
+        fetch_slots: usize::from(fetch_slots.get()),
+        build_slots: usize::from(build_slots.get()),
+        uid_range: uid_range.first..=uid_range.last,
+        port_range: port_range.first..=port_range.last,
+    }
+}
+
+fn print_definitions() -> Result<(), Failure> {
+    let mut output = std::io::stdout().lock();
+    for (_, definition) in api::definitions_as_yaml()? {
+        writeln!(output, "---\n{}", definition.trim_end())?;
+    }
+    Ok(())
+}

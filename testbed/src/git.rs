@@ -124,6 +124,8 @@ pub fn commit(
     if !folder.is_dir() {
         return Err(Error::State(format!("{} is no folder", folder.display())));
     }
+    // git reads a relative work tree from within the folder itself.
+    let folder = &fs::canonicalize(folder).context(|| format!("find {}", folder.display()))?;
     let repository = path(directory, name);
     let git = || {
         let mut command = git(directory);

@@ -32,5 +32,6 @@ pub mod wait;
 
 pub use error::{Error, Result};
 pub use git::Repository;
+pub use rustix::process::Signal;
 pub use state::{Network, NodeName, Part};
 pub use testbed::{NodeHandle, Options, Status, Testbed};

@@ -1,0 +1,360 @@
+//! Carries a plan out: the history, then the status, then Releases with removals first, then what the
+//! history has no room for.
+//!
+//! Invariants: every write names what it was planned from (POST for what is new, Apply with uid *and*
+//! resourceVersion, delete with both as preconditions), never an upsert. A write that is refused because
+//! something has changed drops the decision. The status, and with it every slot, stands before the first
+//! Release is written.
+
+use k8s_openapi::api::apps::v1::ControllerRevision;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
+use k8s_openapi::apimachinery::pkg::runtime::RawExtension;
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::{Api, Client, ResourceExt};
+use serde_json::{Value, json};
+
+use crate::api::names::RevisionName;
+use crate::api::{
+    ANNOTATION_RETRY, Deployment, GROUP, LABEL_DEPLOYMENT, RELEASE_FINALIZER, Release, ReleaseSpec,
+    VERSION,
+};
+
+use super::observe::observed_revision;
+use super::observed::{ObservedDeployment, ObservedRevision, RevisionData};
+use super::plan::{Plan, RevisionStep};
+use super::revision::same_content;
+use super::rollout::Step;
+
+/// Owns what the controller writes.
+pub const FIELD_MANAGER: &str = "kari-controller";
+
+/// Why a write was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum Refused {
+    /// What it was planned from has changed: the decision is dropped, and what is there is observed anew.
+    #[error("the object has changed meanwhile")]
+    Changed,
+    /// The object, or its namespace, is going away: there is nothing to do.
+    #[error("the object or its namespace is being deleted")]
+    Gone,
+    /// Something else has the name of a revision.
+    #[error(
+        "the ControllerRevision {0} is not Kari's, and has the name of one; rename or delete it"
+    )]
+    NameTaken(RevisionName),
+    /// The body could not be made; a fault of the program.
+    #[error("the body of a write could not be made")]
+    Body(#[source] serde_json::Error),
+    /// The API server.
+    #[error("the API server refused a write")]
+    Api(#[source] Box<kube::Error>),
+}
+
+/// Sorts what the API server answers.
+pub fn refused(error: kube::Error) -> Refused {
+    if let kube::Error::Api(status) = &error {
+        // 422 for an Apply with another uid: the object of that name is a new one.
+        let other_uid = status.code == 422 && status.message.contains("uid");
+        if status.code == 409 || other_uid {
+            return Refused::Changed;
+        }
+        let terminating = status.code == 403
+            && (status.message.contains("being terminated")
+                || status.message.contains("being deleted"));
+        if status.code == 404 || terminating {
+            return Refused::Gone;
+        }
+    }
+    Refused::Api(Box::new(error))
+}
+
+/// What was carried out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// The status was written, and the object has another version for it.
+    pub status: bool,
+    /// Decisions on Releases were dropped, and are to be taken anew.
+    pub dropped: bool,
+}
+
+/// Carries `plan` out for the Deployment that it was made for.
+pub async fn apply(
+    client: &Client,
+    deployment: &ObservedDeployment,
+    plan: &Plan,
+) -> Result<Applied, Refused> {
+    let writer = Writer { client, deployment };
+    if let Some(step) = &plan.revision {
+        writer.write_revision(step).await?;
+    }
+    let differs = plan.status != deployment.status;
+    let status = differs && writer.write_status(plan).await? != deployment.resource_version;
+    let mut dropped = false;
+    let mut failed = None;
+    for step in &plan.steps {
+        // One Release does not keep the others waiting.
+        match writer.write_release(step).await {
+            Ok(()) => {}
+            Err(Refused::Changed) => dropped = true,
+            Err(Refused::Gone) if matches!(step, Step::Delete { .. }) => {}
+            Err(error) => failed = Some(error),
+        }
+    }
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    if !dropped {
+        for revision in &plan.surplus {
+            writer.delete_revision(revision).await?;
+        }
+    }
+    Ok(Applied { status, dropped })
+}
+
+struct Writer<'a> {
+    client: &'a Client,
+    deployment: &'a ObservedDeployment,
+}
+
+impl Writer<'_> {
+    fn owner(&self) -> OwnerReference {
+        OwnerReference {
+            api_version: format!("{GROUP}/{VERSION}"),
+            kind: "Deployment".to_owned(),
+            name: self.deployment.name.clone(),
+            uid: self.deployment.uid.clone(),
+            controller: Some(true),
+            block_owner_deletion: Some(true),
+        }
+    }
+
+    fn labels(&self) -> Value {
+        json!({LABEL_DEPLOYMENT: self.deployment.name})
+    }
+
+    /// Writes the status, and returns the object's version after it.
+    async fn write_status(&self, plan: &Plan) -> Result<String, Refused> {
+        let deployment = self.deployment;
+        let api: Api<Deployment> = Api::namespaced(self.client.clone(), &deployment.namespace);
+        let body = json!({
+            "apiVersion": format!("{GROUP}/{VERSION}"),
+            "kind": "Deployment",
+            "metadata": {
+                "name": deployment.name,
+                "uid": deployment.uid,
+                "resourceVersion": deployment.resource_version,
+            },
+            "status": plan.status,
+        });
+        let params = PatchParams::apply(FIELD_MANAGER).force();
+        api.patch_status(&deployment.name, &params, &Patch::Apply(&body))
+            .await
+            .map(|written| written.resource_version().unwrap_or_default())
+            .map_err(refused)
+    }
+
+    async fn write_release(&self, step: &Step) -> Result<(), Refused> {
+        let api: Api<Release> = Api::namespaced(self.client.clone(), &self.deployment.namespace);
+        match step {
+            Step::Delete {
+                name,
+                uid,
+                resource_version,
+            } => {
+                let params = deletion(uid, resource_version);
+                api.delete(name, &params).await.map(|_| ()).map_err(refused)
+            }
+            Step::Create { name, spec, retry } => {
+                let release: Release =
+                    serde_json::from_value(self.release(name, None, spec, retry.as_ref()))
+                        .map_err(Refused::Body)?;
+                let params = PostParams {
+                    field_manager: Some(FIELD_MANAGER.to_owned()),
+                    ..PostParams::default()
+                };
+                api.create(&params, &release)
+                    .await
+                    .map(|_| ())
+                    .map_err(refused)
+            }
+            Step::Update {
+                name,
+                uid,
+                resource_version,
+                spec,
+                retry,
+            } => {
+                let read = Some((uid, resource_version));
+                let body = self.release(name, read, spec, retry.as_ref());
+                let params = PatchParams::apply(FIELD_MANAGER).force();
+                api.patch(name, &params, &Patch::Apply(&body))
+                    .await
+                    .map(|_| ())
+                    .map_err(refused)
+            }
+        }
+    }
+
+    fn release(
+        &self,
+        name: &str,
+        read: Option<(&String, &String)>,
+        spec: &ReleaseSpec,
+        retry: Option<&String>,
+    ) -> Value {
+        let mut body = json!({
+            "apiVersion": format!("{GROUP}/{VERSION}"),
+            "kind": "Release",
+            "metadata": {
+                "name": name,
+                "namespace": self.deployment.namespace,
+                "labels": self.labels(),
+                "finalizers": [RELEASE_FINALIZER],
+                "ownerReferences": [self.owner()],
+            },
+            "spec": spec,
+        });
+        if let Some((uid, resource_version)) = read {
+            body["metadata"]["uid"] = json!(uid);
+            body["metadata"]["resourceVersion"] = json!(resource_version);
+        }
+        if let Some(retry) = retry {
+            body["metadata"]["annotations"] = json!({ANNOTATION_RETRY: retry});
+        }
+        body
+    }
+
+    fn revisions(&self) -> Api<ControllerRevision> {
+        Api::namespaced(self.client.clone(), &self.deployment.namespace)
+    }
+
+    async fn write_revision(&self, step: &RevisionStep) -> Result<(), Refused> {
+        let api = self.revisions();
+        match step {
+            RevisionStep::Create { name, number, data } => {
+                let object = ControllerRevision {
+                    metadata: ObjectMeta {
+                        name: Some(name.to_string()),
+                        namespace: Some(self.deployment.namespace.clone()),
+                        labels: Some(
+                            [(LABEL_DEPLOYMENT.to_owned(), self.deployment.name.clone())].into(),
+                        ),
+                        owner_references: Some(vec![self.owner()]),
+                        ..ObjectMeta::default()
+                    },
+                    revision: *number,
+                    data: Some(RawExtension(
+                        serde_json::to_value(data).map_err(Refused::Body)?,
+                    )),
+                };
+                let params = PostParams {
+                    field_manager: Some(FIELD_MANAGER.to_owned()),
+                    ..PostParams::default()
+                };
+                match api.create(&params, &object).await {
+                    Ok(_) => Ok(()),
+                    Err(kube::Error::Api(status)) if status.is_already_exists() => {
+                        self.take_on_revision(name, data).await
+                    }
+                    Err(error) => Err(refused(error)),
+                }
+            }
+            RevisionStep::Renumber {
+                name,
+                uid,
+                resource_version,
+                number,
+            } => {
+                let body = json!({
+                    "apiVersion": "apps/v1",
+                    "kind": "ControllerRevision",
+                    "metadata": {
+                        "name": name,
+                        "uid": uid,
+                        "resourceVersion": resource_version,
+                        "labels": self.labels(),
+                        "ownerReferences": [self.owner()],
+                    },
+                    "revision": number,
+                });
+                let params = PatchParams::apply(FIELD_MANAGER).force();
+                api.patch(name.as_str(), &params, &Patch::Apply(&body))
+                    .await
+                    .map(|_| ())
+                    .map_err(refused)
+            }
+        }
+    }
+
+    /// A revision of the name exists that the history does not show: the cache is behind, or an earlier
+    /// Deployment of the name left it behind.
+    async fn take_on_revision(
+        &self,
+        name: &RevisionName,
+        data: &RevisionData,
+    ) -> Result<(), Refused> {
+        let api = self.revisions();
+        let object = api.get(name.as_str()).await.map_err(refused)?;
+        if object.metadata.deletion_timestamp.is_some() {
+            return Err(Refused::Changed);
+        }
+        let found = observed_revision(&object);
+        let same = found.data.as_ref().is_some_and(|d| same_content(d, data));
+        let owner = object
+            .owner_references()
+            .iter()
+            .find(|owner| owner.controller == Some(true));
+        match owner {
+            Some(owner) if owner.uid == self.deployment.uid && same => Ok(()),
+            // The garbage collector takes it: its owner is gone, or soon is.
+            Some(owner) if owner.kind == "Deployment" && owner.api_version.starts_with(GROUP) => {
+                Err(Refused::Changed)
+            }
+            None if same => self.write_revision_owner(&found).await,
+            Some(_) | None => Err(Refused::NameTaken(name.clone())),
+        }
+    }
+
+    async fn write_revision_owner(&self, found: &ObservedRevision) -> Result<(), Refused> {
+        let body = json!({
+            "metadata": {
+                "uid": found.uid,
+                "resourceVersion": found.resource_version,
+                "labels": self.labels(),
+                "ownerReferences": [self.owner()],
+            },
+        });
+        self.revisions()
+            .patch(
+                found.name.as_str(),
+                &PatchParams::default(),
+                &Patch::Merge(&body),
+            )
+            .await
+            .map(|_| ())
+            .map_err(refused)
+    }
+
+    async fn delete_revision(&self, revision: &ObservedRevision) -> Result<(), Refused> {
+        let params = deletion(&revision.uid, &revision.resource_version);
+        match self
+            .revisions()
+            .delete(revision.name.as_str(), &params)
+            .await
+            .map_err(refused)
+        {
+            Ok(_) | Err(Refused::Gone | Refused::Changed) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn deletion(uid: &str, resource_version: &str) -> DeleteParams {
+    DeleteParams {
+        preconditions: Some(Preconditions {
+            uid: Some(uid.to_owned()),
+            resource_version: Some(resource_version.to_owned()),
+        }),
+        ..DeleteParams::background()
+    }
+}

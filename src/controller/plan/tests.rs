@@ -1,0 +1,841 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::api::reasons::Reason;
+use crate::controller::observed::{Presence, Reach};
+use crate::controller::testing::World;
+
+fn there(matches: bool, canary: bool, cordoned: bool) -> Presence {
+    Presence::There {
+        matches,
+        canary,
+        cordoned,
+    }
+}
+
+#[test]
+fn a_first_rollout_takes_one_node_after_another_and_ends_ready() {
+    let mut world = World::new(3);
+    world.reconcile();
+    assert_eq!(world.told(), ["a", "-", "-"]);
+    assert_eq!(world.active(), ["n1"]);
+    assert_eq!(world.ready().0, "False/Progressing");
+    world.agent_commits("n1");
+    world.reconcile();
+    assert_eq!(world.told(), ["a", "a", "-"]);
+    world.roll_out();
+    assert_eq!(world.served(), ["a", "a", "a"]);
+    assert_eq!(world.most_at_work, 1);
+    assert_eq!(world.ready().0, "True/Deployed");
+    assert_eq!(world.condition("Reconciling").0, "False/Deployed");
+    assert_eq!(world.stalled().0, "False/Deployed");
+    let status = world.status();
+    assert_eq!(status.last_good_revision, status.revision);
+    assert_eq!(
+        status.nodes.as_ref().map(|n| n.summary.as_str()),
+        Some("3/3")
+    );
+    assert_eq!(status.progress, None);
+}
+
+#[test]
+fn what_was_carried_out_is_left_alone() {
+    let mut world = World::deployed(3);
+    let before = world.fingerprint();
+    let plan = world.reconcile();
+    assert_eq!(plan.steps, []);
+    assert_eq!(plan.revision, None);
+    assert_eq!(world.fingerprint(), before);
+}
+
+#[test]
+fn a_second_commit_goes_on_within_the_budget() {
+    let mut world = World::deployed(5);
+    world.max_unavailable(2);
+    world.push('b');
+    world.reconcile();
+    assert_eq!(world.told(), ["b", "b", "a", "a", "a"]);
+    world.agent_commits("n2");
+    world.reconcile();
+    assert_eq!(world.told(), ["b", "b", "b", "a", "a"]);
+    world.roll_out();
+    assert_eq!(world.served(), vec!["b"; 5]);
+    assert_eq!(world.most_at_work, 2);
+}
+
+#[test]
+fn a_percentage_is_of_the_nodes_that_match_and_at_least_one() {
+    use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+    for (percent, nodes, slots) in [("1%", 3, 1), ("50%", 5, 2), ("100%", 3, 3), ("25%", 8, 2)] {
+        let mut world = World::new(nodes);
+        world
+            .spec()
+            .strategy
+            .get_or_insert_default()
+            .max_unavailable = IntOrString::String(percent.into());
+        assert_eq!(
+            crate::controller::rollout::budget(&world.observed),
+            slots,
+            "{percent} of {nodes}"
+        );
+    }
+}
+
+#[test]
+fn the_canary_comes_first() {
+    let mut world = World::new(3);
+    world.node("n3").presence = there(true, true, false);
+    world.reconcile();
+    assert_eq!(world.told(), ["-", "-", "a"]);
+}
+
+#[test]
+fn a_node_that_does_not_serve_what_it_committed_comes_first_and_counts() {
+    let mut world = World::deployed(3);
+    world.release("n3").status.phase = crate::api::release::Phase::Degraded;
+    world.reconcile();
+    assert_eq!(world.ready().0.split('/').next(), Some("False"));
+    assert_eq!(
+        world.condition("Reconciling").0.split('/').next(),
+        Some("False")
+    );
+    world.push('b');
+    world.reconcile();
+    assert_eq!(
+        world.told(),
+        ["a", "a", "b"],
+        "the broken node is the one to change"
+    );
+    world.agent_commits("n3");
+    world.roll_out();
+    assert_eq!(world.served(), ["b", "b", "b"]);
+}
+
+#[test]
+fn a_newer_revision_goes_at_once_to_every_node_in_mid_change() {
+    let mut world = World::deployed(3);
+    world.push('b');
+    world.reconcile();
+    world.agent_reads("n1");
+    let first = world.release("n1").spec.release_id;
+    world.push('c');
+    let plan = world.reconcile();
+    assert_eq!(world.told(), ["c", "a", "a"]);
+    assert_eq!(plan.steps.len(), 1);
+    assert_ne!(world.release("n1").spec.release_id, first);
+    assert_eq!(world.active(), ["n1"]);
+    world.roll_out();
+    assert_eq!(world.served(), ["c", "c", "c"]);
+    assert_eq!(world.most_at_work, 1);
+}
+
+#[test]
+fn going_back_before_the_commit_keeps_the_release_that_is_served() {
+    let mut world = World::deployed(1);
+    let served = world.release("n1").spec.release_id;
+    world.push('b');
+    world.reconcile();
+    world.agent_reads("n1");
+    world.push('a');
+    world.reconcile();
+    assert_eq!(world.release("n1").spec.release_id, served);
+    world.roll_out();
+    assert_eq!(world.ready().0, "True/Deployed");
+    assert_eq!(world.release("n1").spec.attempt, 3);
+}
+
+#[test]
+fn what_is_not_in_the_revision_changes_in_place_without_a_slot() {
+    let mut world = World::deployed(3);
+    let ids: Vec<_> = ["n1", "n2", "n3"]
+        .map(|n| world.release(n).spec.release_id)
+        .into();
+    let source = world.spec().source.git.as_mut();
+    source.unwrap_or_else(|| panic!("git")).interval_seconds = 500;
+    assert_eq!(world.reconcile().steps, [], "the interval concerns no node");
+    world.spec().keep_releases = 7;
+    let plan = world.reconcile();
+    assert_eq!(plan.steps.len(), 3);
+    assert_eq!(world.active(), Vec::<&str>::new());
+    for (name, id) in ["n1", "n2", "n3"].into_iter().zip(ids) {
+        assert_eq!(world.release(name).spec.release_id, id);
+        assert_eq!(world.release(name).spec.template.keep_releases, 7);
+    }
+    assert_eq!(world.ready().0, "True/Deployed", "{:?}", world.ready());
+    assert_eq!(world.reconcile().steps, [], "before any agent has read it");
+}
+
+#[test]
+fn a_failed_node_blocks_the_revision_and_no_further_node_is_started() {
+    let mut world = World::deployed(3);
+    let good = world.status().revision.clone();
+    world.push('b');
+    world.reconcile();
+    world.agent_fails("n1", Reason::BuildFailed);
+    for _ in 0..2 {
+        world.reconcile();
+        assert_eq!(world.told(), ["b", "a", "a"]);
+        assert_eq!(world.served(), ["a", "a", "a"]);
+        assert_eq!(world.active(), Vec::<&str>::new());
+    }
+    assert_eq!(world.stalled().0, "True/BuildFailed");
+    assert_eq!(
+        world.condition("Reconciling").0.split('/').next(),
+        Some("False")
+    );
+    assert_eq!(world.ready().0, "False/BuildFailed");
+    assert!(world.ready().1.contains("on n1"), "{:?}", world.ready());
+    assert_eq!(world.status().last_good_revision, good);
+    assert_eq!(world.status().blocked_revisions[0].node, "n1");
+    assert_eq!(world.status().nodes.as_ref().map(|n| n.failed), Some(1));
+    // Only something new goes on.
+    world.push('c');
+    world.roll_out();
+    assert_eq!(world.served(), ["c", "c", "c"]);
+    assert_eq!(world.stalled().0, "False/Deployed");
+    world.push('b');
+    world.reconcile();
+    assert_eq!(world.told(), ["c", "c", "c"], "b is still blocked");
+    assert_eq!(world.stalled().0, "True/BuildFailed");
+}
+
+#[test]
+fn a_failure_that_is_behind_the_spec_or_of_another_release_is_ignored() {
+    let mut world = World::deployed(2);
+    world.push('b');
+    world.reconcile();
+    world.agent_fails("n1", Reason::BuildFailed);
+    world.release("n1").status.observed_generation -= 1;
+    world.reconcile();
+    assert_eq!(world.status().blocked_revisions, []);
+    assert_eq!(world.active(), ["n1"]);
+}
+
+#[test]
+fn retry_tries_the_failed_nodes_again_once_for_each_value() {
+    let mut world = World::deployed(2);
+    world.push('b');
+    world.reconcile();
+    world.agent_fails("n1", Reason::StartFailed);
+    world.reconcile();
+    let failed = world.release("n1").spec.release_id;
+    world.observed.deployment.retry = Some("1".into());
+    world.reconcile();
+    assert_ne!(world.release("n1").spec.release_id, failed);
+    assert_eq!(world.active(), ["n1"]);
+    assert_eq!(world.status().blocked_revisions, []);
+    // It fails again: the same value does nothing more.
+    world.agent_fails("n1", Reason::StartFailed);
+    let failed = world.release("n1").spec.release_id;
+    for _ in 0..3 {
+        world.reconcile();
+    }
+    assert_eq!(world.release("n1").spec.release_id, failed);
+    assert_eq!(world.stalled().0, "True/StartFailed");
+    world.observed.deployment.retry = Some("2".into());
+    world.roll_out();
+    assert_eq!(world.served(), ["b", "b"]);
+    assert_eq!(world.ready().0, "True/Deployed");
+    // Taken away, the annotation says nothing.
+    world.observed.deployment.retry = None;
+    assert_eq!(world.reconcile().steps, []);
+    let handled = world
+        .status()
+        .last_handled
+        .as_ref()
+        .and_then(|h| h.retry.as_deref());
+    assert_eq!(handled, Some("2"));
+}
+
+#[test]
+fn a_retry_survives_a_write_of_the_release_that_was_refused() {
+    let mut world = World::deployed(2);
+    world.push('b');
+    world.reconcile();
+    world.agent_fails("n1", Reason::StartFailed);
+    world.reconcile();
+    world.observed.deployment.retry = Some("1".into());
+    // The status is written, the Release is not: a conflict, or a crash between the two.
+    let refused = plan(&world.observed, world.now);
+    world.observed.deployment.status = refused.status.clone();
+    assert_eq!(world.active(), ["n1"]);
+    world.reconcile();
+    assert_eq!(world.status().blocked_revisions, []);
+    assert_eq!(world.release("n1").spec.attempt, 3);
+    world.roll_out();
+    assert_eq!(world.served(), ["b", "b"]);
+}
+
+#[test]
+fn the_object_at_fault_on_a_node_stalls_and_blocks_no_revision() {
+    let mut world = World::new(2);
+    world.reconcile();
+    world.agent_fails("n1", Reason::RouteConflict);
+    world.reconcile();
+    assert_eq!(world.told(), ["a", "-"]);
+    assert_eq!(world.stalled().0, "True/RouteConflict");
+    assert_eq!(world.status().blocked_revisions, []);
+    assert_eq!(world.active(), Vec::<&str>::new());
+}
+
+#[test]
+fn surroundings_hold_a_node_up_for_ten_minutes_and_then_another_gets_its_slot() {
+    let mut world = World::deployed(2);
+    world.push('b');
+    world.reconcile();
+    let served = world
+        .release("n1")
+        .status
+        .serving
+        .clone()
+        .map(|s| s.release_id);
+    world.agent_fails("n1", Reason::DiskPressure);
+    world.pass(599);
+    world.reconcile();
+    assert_eq!(world.told(), ["b", "a"]);
+    assert_eq!(world.ready().0, "False/DiskPressure");
+    assert_eq!(world.stalled().0.split('/').next(), Some("False"));
+    assert_eq!(world.status().blocked_revisions, []);
+    world.pass(1);
+    world.reconcile();
+    assert_eq!(
+        world.told(),
+        ["a", "a"],
+        "the release that is served is written back"
+    );
+    assert_eq!(Some(world.release("n1").spec.release_id), served);
+    assert_eq!(world.active(), ["n1"], "until the node has confirmed it");
+    world.reconcile();
+    assert_eq!(world.told(), ["a", "a"]);
+    world.agent_reads("n1");
+    world.reconcile();
+    assert_eq!(world.told(), ["a", "b"]);
+    world.agent_commits("n2");
+    world.reconcile();
+    assert_eq!(world.told(), ["b", "b"], "tried last");
+    assert_eq!(world.most_at_work, 1);
+}
+
+#[test]
+fn a_first_install_that_is_held_up_is_withdrawn() {
+    let mut world = World::new(2);
+    world.reconcile();
+    world.agent_fails("n1", Reason::ToolMissing);
+    world.pass(600);
+    world.reconcile();
+    assert!(world.release("n1").deleting);
+    world.reconcile();
+    assert_eq!(world.active(), ["n1"], "until it is gone");
+    world.agent_reads("n1");
+    world.reconcile();
+    assert_eq!(world.told(), ["-", "a"]);
+}
+
+#[test]
+fn a_node_that_nobody_waits_for_keeps_its_slot_however_long_it_is_held_up() {
+    let mut world = World::new(1);
+    world.reconcile();
+    world.agent_fails("n1", Reason::SourceUnavailable);
+    world.pass(6000);
+    assert_eq!(world.reconcile().steps, []);
+    assert_eq!(world.ready().0, "False/SourceUnavailable");
+}
+
+#[test]
+fn suspend_starts_nothing_and_lets_what_runs_finish() {
+    let mut world = World::deployed(3);
+    world.push('b');
+    world.reconcile();
+    world.spec().suspend = true;
+    world.push('c');
+    world.agent_commits("n1");
+    world.reconcile();
+    assert_eq!(world.told(), ["b", "a", "a"]);
+    assert_eq!(world.ready().0, "False/Suspended");
+    assert_eq!(
+        world.condition("Reconciling").0.split('/').next(),
+        Some("False")
+    );
+    world.spec().suspend = false;
+    world.roll_out();
+    assert_eq!(world.served(), ["c", "c", "c"]);
+}
+
+#[test]
+fn a_node_that_leaves_the_placement_is_taken_off_and_may_come_back() {
+    let mut world = World::deployed(2);
+    world.node("n2").presence = there(false, false, false);
+    world.reconcile();
+    assert!(world.release("n2").deleting);
+    assert_eq!(world.ready().0, "True/Deployed");
+    world.node("n2").presence = there(true, false, false);
+    world.reconcile();
+    assert!(
+        world.release("n2").deleting,
+        "a Release in deletion is not adopted"
+    );
+    world.agent_reads("n2");
+    world.reconcile();
+    assert_eq!(world.told(), ["a", "a"]);
+}
+
+#[test]
+fn the_release_of_a_node_that_is_gone_is_removed_and_its_slot_freed() {
+    let mut world = World::deployed(2);
+    world.push('b');
+    world.reconcile();
+    world.node("n1").presence = Presence::Gone;
+    world.node("n1").reach = Reach::Stale;
+    world.reconcile();
+    assert!(world.release("n1").deleting);
+    assert_eq!(world.active(), ["n2"]);
+    assert_eq!(world.told(), ["b", "b"]);
+}
+
+#[test]
+fn a_cordoned_node_is_left_out_and_comes_back_by_itself() {
+    let mut world = World::deployed(3);
+    world.node("n1").presence = there(true, false, true);
+    world.push('b');
+    world.roll_out();
+    assert_eq!(world.served(), ["a", "b", "b"]);
+    assert_eq!(world.ready().0, "True/Deployed");
+    assert!(
+        world.ready().1.contains("left out: n1 (NodeCordoned)"),
+        "{:?}",
+        world.ready()
+    );
+    world.node("n1").presence = there(true, false, false);
+    world.roll_out();
+    assert_eq!(world.served(), ["b", "b", "b"]);
+}
+
+#[test]
+fn a_node_that_is_cordoned_in_mid_change_finishes_and_gets_what_is_newer() {
+    let mut world = World::deployed(2);
+    world.push('b');
+    world.reconcile();
+    world.node("n1").presence = there(true, false, true);
+    world.push('c');
+    world.reconcile();
+    assert_eq!(world.told(), ["c", "a"]);
+    assert_eq!(world.active(), ["n1"]);
+}
+
+#[test]
+fn an_idle_unreachable_node_is_left_out_and_not_written() {
+    let mut world = World::deployed(3);
+    world.node("n2").reach = Reach::Stale;
+    world.push('b');
+    world.roll_out();
+    assert_eq!(world.served(), ["b", "a", "b"]);
+    assert_eq!(world.told(), ["b", "a", "b"]);
+    assert_eq!(world.ready().0, "True/Deployed");
+    assert!(
+        world.ready().1.contains("n2 (AgentUnreachable)"),
+        "{:?}",
+        world.ready()
+    );
+    assert_eq!(
+        world.status().nodes.as_ref().map(|n| n.unreachable),
+        Some(1)
+    );
+}
+
+#[test]
+fn a_node_unreachable_in_mid_change_keeps_its_slot_until_the_deadline() {
+    let mut world = World::deployed(3);
+    world.push('b');
+    world.reconcile();
+    world.node("n1").reach = Reach::Stale;
+    world.pass(500);
+    world.reconcile();
+    assert_eq!(world.active(), ["n1"]);
+    assert_eq!(world.told(), ["b", "a", "a"]);
+    world.pass(101);
+    world.reconcile();
+    assert_eq!(world.active(), ["n2"], "the rollout goes on without it");
+    assert_eq!(world.stalled().0.split('/').next(), Some("False"));
+    world.push('c');
+    world.reconcile();
+    assert_eq!(
+        world.told(),
+        ["c", "c", "a"],
+        "what is newer goes to it all the same"
+    );
+}
+
+#[test]
+fn no_progress_until_the_deadline_stalls_and_progress_clears_it() {
+    let mut world = World::deployed(3);
+    world.push('b');
+    world.reconcile();
+    world.agent_reads("n1");
+    world.pass(599);
+    let plan = world.reconcile();
+    assert_eq!(plan.look_again, Some(Duration::from_secs(2)));
+    assert_eq!(world.stalled().0.split('/').next(), Some("False"));
+    world.pass(2);
+    for _ in 0..2 {
+        world.reconcile();
+        assert_eq!(world.stalled().0, "True/ProgressDeadlineExceeded");
+        assert_eq!(world.told(), ["b", "a", "a"]);
+        assert_eq!(world.active(), ["n1"], "what runs may finish");
+    }
+    world.agent_commits("n1");
+    world.reconcile();
+    assert_eq!(world.stalled().0.split('/').next(), Some("False"));
+    assert_eq!(world.told(), ["b", "b", "a"]);
+}
+
+#[test]
+fn time_that_is_spent_waiting_does_not_count_against_the_deadline() {
+    let mut world = World::deployed(2);
+    world.push('b');
+    world.reconcile();
+    world.agent_reads("n1");
+    world.pass(100);
+    world.release("n1").status.phase = crate::api::release::Phase::Queued;
+    world.reconcile();
+    world.pass(5000);
+    world.reconcile();
+    assert_eq!(world.ready().0, "False/Queued");
+    assert_eq!(world.stalled().0.split('/').next(), Some("False"));
+    world.release("n1").status.phase = crate::api::release::Phase::Building;
+    world.reconcile();
+    world.pass(499);
+    world.reconcile();
+    assert_eq!(world.stalled().0.split('/').next(), Some("False"));
+    world.pass(2);
+    world.reconcile();
+    assert_eq!(world.stalled().0, "True/ProgressDeadlineExceeded");
+}
+
+#[test]
+fn a_source_that_cannot_be_asked_changes_no_node() {
+    for reason in [Reason::SourceUnavailable, Reason::RefNotFound] {
+        let mut world = World::deployed(2);
+        world.lose_source(reason);
+        assert_eq!(world.reconcile().steps, []);
+        assert_eq!(world.ready().0, "True/Deployed");
+        assert_eq!(
+            world
+                .status()
+                .source
+                .as_ref()
+                .map(|s| s.short_commit.as_str()),
+            Some("aaaaaaa")
+        );
+        let stalled = if reason.needs_a_person() {
+            "True/RefNotFound"
+        } else {
+            "False/Deployed"
+        };
+        assert_eq!(world.stalled().0, stalled);
+    }
+    let mut world = World::new(2);
+    world.lose_source(Reason::SourceUnavailable);
+    assert_eq!(world.reconcile().steps, []);
+    assert_eq!(world.ready().0, "False/SourceUnavailable");
+    assert_eq!(world.condition("Reconciling").0, "True/SourceUnavailable");
+}
+
+#[test]
+fn an_answer_for_another_reference_is_not_taken_for_this_one() {
+    let mut world = World::deployed(1);
+    world.observed.lookup.outcome = Outcome::Pending;
+    let source = world.spec().source.git.as_mut();
+    source.unwrap_or_else(|| panic!("git")).url = "https://git.example.com/other.git".into();
+    assert_eq!(world.reconcile().steps, []);
+    assert_eq!(world.ready().0, "False/Resolving");
+    assert_eq!(world.served(), ["a"]);
+}
+
+#[test]
+fn a_new_controller_gives_work_only_to_nodes_that_it_has_heard_of() {
+    let mut world = World::new(2);
+    world.node("n1").reach = Reach::Unknown;
+    world.node("n2").reach = Reach::Unknown;
+    world.reconcile();
+    assert_eq!(world.told(), ["-", "-"]);
+    assert_eq!(world.ready().0, "False/Progressing");
+    world.node("n2").reach = Reach::Fresh;
+    world.reconcile();
+    assert_eq!(world.told(), ["-", "a"]);
+}
+
+#[test]
+fn a_new_controller_says_of_a_deployment_what_the_one_before_it_said() {
+    let mut world = World::deployed(2);
+    let before = world.status().clone();
+    world.node("n1").reach = Reach::Unknown;
+    world.node("n2").reach = Reach::Unknown;
+    assert_eq!(world.reconcile().steps, []);
+    assert_eq!(*world.status(), before);
+}
+
+#[test]
+fn no_node_is_stalled_with_what_to_change() {
+    let mut world = World::new(1);
+    world.node("n1").presence = there(false, false, false);
+    world.reconcile();
+    assert_eq!(world.stalled().0, "True/NoMatchingNodes");
+    assert!(
+        world.ready().1.contains("label a node"),
+        "{:?}",
+        world.ready()
+    );
+    world.node("n1").presence = there(true, false, false);
+    world.node("n1").reach = Reach::NoAgent;
+    world.reconcile();
+    assert_eq!(world.stalled().0, "True/NoMatchingNodes");
+    assert!(world.ready().1.contains("agent"), "{:?}", world.ready());
+}
+
+#[test]
+fn a_spec_that_is_not_allowed_changes_no_node() {
+    let mut world = World::deployed(1);
+    let source = world.spec().source.git.as_mut();
+    source.unwrap_or_else(|| panic!("git")).url = "http://git.example.com/shop.git".into();
+    assert_eq!(world.reconcile().steps, []);
+    assert_eq!(world.stalled().0, "True/PolicyDenied");
+    assert_eq!(world.served(), ["a"]);
+}
+
+#[test]
+fn a_release_that_an_earlier_deployment_left_is_taken_on() {
+    let mut world = World::deployed(2);
+    world.release("n2").orphaned = true;
+    let id = world.release("n2").spec.release_id;
+    assert_eq!(world.reconcile().steps.len(), 1);
+    assert!(!world.release("n2").orphaned);
+    assert_eq!(world.release("n2").spec.release_id, id);
+    assert_eq!(world.reconcile().steps, []);
+}
+
+#[test]
+fn a_slot_without_its_release_is_used_or_given_up() {
+    let mut world = World::new(2);
+    // The status was written, the Release was not.
+    world.observed.deployment.status.active = vec!["n2".into()];
+    world.reconcile();
+    assert_eq!(
+        world.told(),
+        ["-", "a"],
+        "the node that has the slot goes first"
+    );
+    let mut world = World::new(1);
+    world.observed.deployment.status.active = vec!["n1".into(), "stranger".into()];
+    world.spec().suspend = true;
+    world.reconcile();
+    assert_eq!(world.active(), Vec::<&str>::new());
+}
+
+#[test]
+fn the_history_keeps_its_limit_and_goes_back_to_an_old_revision_by_number() {
+    let mut world = World::deployed(1);
+    world.spec().revision_history_limit = 2;
+    for digit in ['b', 'c', 'd', 'e'] {
+        world.push(digit);
+        world.roll_out();
+    }
+    let digits: Vec<_> = world
+        .observed
+        .revisions
+        .iter()
+        .filter_map(|r| r.data.as_ref().map(|d| d.commit.short()[..1].to_owned()))
+        .collect();
+    // The release that runs retains the one before it, which does not count against the limit.
+    assert_eq!(digits, ["b", "c", "d", "e"]);
+    world.push('c');
+    world.roll_out();
+    let c = world.revision_of('c');
+    let newest = world.observed.revisions.iter().max_by_key(|r| r.number);
+    assert_eq!(newest.map(|r| r.name.to_string()), Some(c));
+}
+
+#[test]
+fn the_annotation_that_asks_for_a_look_is_echoed_when_it_was_answered() {
+    let handled = |w: &World| {
+        w.status()
+            .last_handled
+            .as_ref()
+            .and_then(|h| h.requested_at.clone())
+    };
+    let mut world = World::deployed(1);
+    world.observed.deployment.requested_at = Some("now".into());
+    world.reconcile();
+    assert_eq!(handled(&world), None);
+    world.observed.lookup.answered_request = Some("now".into());
+    world.reconcile();
+    assert_eq!(handled(&world), Some("now".into()));
+    world.observed.lookup.answered_request = None;
+    world.reconcile();
+    assert_eq!(handled(&world), Some("now".into()));
+}
+
+/// One thing that happens to the world.
+#[derive(Clone, Debug)]
+enum Happening {
+    Push(u8),
+    Budget(i32),
+    Suspend(bool),
+    Retry(u8),
+    Keep(u32),
+    Pass(i64),
+    Reads(usize),
+    Commits(usize),
+    Fails(usize, usize),
+    Degrades(usize),
+    Reach(usize, Reach),
+    Presence(usize, Presence),
+    StatusOnly,
+    Reconcile,
+}
+
+const FAILURES: [Reason; 4] = [
+    Reason::BuildFailed,
+    Reason::DiskPressure,
+    Reason::RouteConflict,
+    Reason::ProbeFailed,
+];
+
+fn happening(nodes: usize) -> impl Strategy<Value = Happening> {
+    let n = 0..nodes;
+    prop_oneof![
+        2 => (0_u8..4).prop_map(Happening::Push),
+        1 => (1..4).prop_map(Happening::Budget),
+        1 => any::<bool>().prop_map(Happening::Suspend),
+        1 => (0_u8..3).prop_map(Happening::Retry),
+        1 => (0_u32..3).prop_map(Happening::Keep),
+        2 => (1_i64..900).prop_map(Happening::Pass),
+        4 => n.clone().prop_map(Happening::Reads),
+        6 => n.clone().prop_map(Happening::Commits),
+        2 => (n.clone(), 0..FAILURES.len()).prop_map(|(n, f)| Happening::Fails(n, f)),
+        1 => n.clone().prop_map(Happening::Degrades),
+        1 => (n.clone(), prop_oneof![Just(Reach::Fresh), Just(Reach::Stale), Just(Reach::Unknown)])
+            .prop_map(|(n, r)| Happening::Reach(n, r)),
+        1 => (n, any::<[bool; 4]>()).prop_map(|(n, [gone, matches, canary, cordoned])| {
+            Happening::Presence(n, if gone && !matches { Presence::Gone } else { there(matches || canary, canary, cordoned && !matches) })
+        }),
+        1 => Just(Happening::StatusOnly),
+        8 => Just(Happening::Reconcile),
+    ]
+}
+
+fn apply(world: &mut World, happening: &Happening) {
+    let name = |n: &usize| format!("n{}", n + 1);
+    match happening {
+        Happening::Push(n) => world.push((b'a' + n) as char),
+        Happening::Budget(n) => world.max_unavailable(*n),
+        Happening::Suspend(s) => world.spec().suspend = *s,
+        Happening::Retry(n) => world.observed.deployment.retry = Some(n.to_string()),
+        Happening::Keep(n) => world.spec().keep_releases = *n,
+        Happening::Pass(s) => world.pass(*s),
+        Happening::Reads(n) => world.agent_reads(&name(n)),
+        Happening::Commits(n) => world.agent_commits(&name(n)),
+        Happening::Fails(n, f) => world.agent_fails(&name(n), FAILURES[*f]),
+        Happening::Degrades(n) => {
+            if let Some(r) = world
+                .node(&name(n))
+                .release
+                .as_mut()
+                .filter(|r| r.committed())
+            {
+                r.status.phase = crate::api::release::Phase::Degraded;
+            }
+        }
+        Happening::Reach(n, r) => world.node(&name(n)).reach = *r,
+        Happening::Presence(n, p) => {
+            let node = world.node(&name(n));
+            node.presence = *p;
+            if *p == Presence::Gone {
+                node.reach = Reach::NoAgent;
+            } else if node.reach == Reach::NoAgent {
+                node.reach = Reach::Fresh;
+            }
+        }
+        Happening::StatusOnly => {
+            // The status was written, and the process died before it wrote a Release.
+            let planned = plan(&world.observed, world.now);
+            if planned.revision.is_none() {
+                world.observed.deployment.status = planned.status;
+            }
+        }
+        Happening::Reconcile => {
+            let before = unavailable(world);
+            let planned = world.reconcile();
+            let begun = planned
+                .steps
+                .iter()
+                .any(|s| matches!(s, Step::Create { .. }));
+            let (after, slots) = (
+                unavailable(world),
+                crate::controller::rollout::budget(&world.observed),
+            );
+            assert!(
+                after <= slots || after <= before,
+                "{after} unavailable of {slots} allowed, {before} before; begun: {begun}; {:?}",
+                world.status()
+            );
+        }
+    }
+}
+
+/// Nodes that hold a slot, or are reachable and do not serve what they committed.
+fn unavailable(world: &World) -> usize {
+    let nodes = world.observed.nodes.iter();
+    nodes
+        .filter(|n| {
+            let works = n.release.as_ref().is_some_and(|r| {
+                !r.deleting
+                    && !r.committed()
+                    && r.failed().is_none()
+                    && n.matches()
+                    && n.reach != Reach::Stale
+            });
+            let broken = n.takes_part()
+                && n.release
+                    .as_ref()
+                    .is_some_and(|r| !r.deleting && r.degraded());
+            works || broken || (n.release.is_some() && world.active().contains(&n.name.as_str()))
+        })
+        .count()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_history_breaks_the_budget_and_every_history_comes_to_rest(
+        happenings in prop::collection::vec(happening(4), 0..60),
+    ) {
+        let mut world = World::new(4);
+        for happening in &happenings {
+            apply(&mut world, happening);
+        }
+        // A plan that was carried out leaves nothing to do.
+        for _ in 0..3 {
+            world.reconcile();
+        }
+        let before = world.fingerprint();
+        let again = world.reconcile();
+        prop_assert_eq!(again.steps, vec![]);
+        prop_assert_eq!(world.fingerprint(), before);
+        // With everything well again, every node that should serves what is wanted.
+        for n in 0..4 {
+            apply(&mut world, &Happening::Presence(n, there(true, false, false)));
+            world.node(&format!("n{}", n + 1)).reach = Reach::Fresh;
+        }
+        world.spec().suspend = false;
+        world.observed.deployment.retry = Some("at last".into());
+        world.roll_out();
+        let wanted = match &world.observed.lookup.outcome {
+            Outcome::Found(commit) => commit.short()[..1].to_owned(),
+            other => panic!("{other:?}"),
+        };
+        prop_assert_eq!(world.served(), vec![wanted; 4]);
+        prop_assert_eq!(world.ready().0, "True/Deployed");
+        prop_assert_eq!(world.active(), Vec::<&str>::new());
+    }
+}

@@ -1,0 +1,451 @@
+//! Which node gets what, and when: slots, order, supersede, failure. Pure, total, deterministic.
+//!
+//! Invariants:
+//! - A node is told something new only while it holds a slot; a slot is in the status that is written
+//!   *before* the Release. In mid-change it keeps its slot whatever its Lease says.
+//! - Slots and nodes that committed a release and do not serve it are together never more than the
+//!   budget because of a decision made here. What breaks by itself may exceed it; then nothing is begun.
+//! - A Release in deletion, or one that is another's, is never written to.
+//!
+//! Deliberately absent: time. How long something has lasted is in what was observed.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+
+use crate::api::ReleaseSpec;
+use crate::api::names::{NodeName, ReleaseId, RevisionName};
+
+use super::observed::{Observed, ObservedNode, ObservedRelease, Presence, Reach, RevisionData};
+
+/// Slots at most, whatever the spec says: `status.active` names each of them.
+pub const MOST_SLOTS: usize = 256;
+
+/// How long a node may be held up by its surroundings before another node that waits gets its slot.
+pub const HELD_UP_LIMIT: Duration = Duration::from_secs(600);
+
+/// The revision that every node should serve.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// Its name.
+    pub revision: RevisionName,
+    /// Its content, and how nodes change over to it now.
+    pub data: RevisionData,
+}
+
+/// What a decision is made from besides what was observed.
+#[derive(Clone, Copy, Debug)]
+pub struct Input<'a> {
+    /// All that was read.
+    pub observed: &'a Observed,
+    /// The revision that every node should serve, if it is known.
+    pub wanted: Option<&'a Wanted>,
+    /// Nothing may be begun: the revision is blocked, or the spec cannot be carried out on a node.
+    pub blocked: bool,
+    /// The deadline has passed, unless this decision finds progress.
+    pub overdue: bool,
+    /// The value of `kari.dev/retry` that counts as handled with this decision.
+    pub retry: Option<&'a str>,
+}
+
+/// A decision.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Rollout {
+    /// Nodes that hold a slot.
+    pub active: BTreeSet<NodeName>,
+    /// What to do to Releases, removals first.
+    pub steps: Vec<Step>,
+    /// Nodes that wait for a slot.
+    pub waiting: BTreeSet<NodeName>,
+    /// Nodes that give their slot back with this decision.
+    pub giving_back: BTreeSet<NodeName>,
+    /// The deadline has passed and nothing moved.
+    pub deadline_exceeded: bool,
+}
+
+/// One write to a Release.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Step {
+    /// Deletes the Release that was read.
+    Delete {
+        /// Its name.
+        name: String,
+        /// Its identity.
+        uid: String,
+        /// As it was read.
+        resource_version: String,
+    },
+    /// Changes the Release that was read.
+    Update {
+        /// Its name.
+        name: String,
+        /// Its identity.
+        uid: String,
+        /// As it was read.
+        resource_version: String,
+        /// What it says from now on.
+        spec: Box<ReleaseSpec>,
+        /// The value of `kari.dev/retry` that it was decided under.
+        retry: Option<String>,
+    },
+    /// Makes the first Release of a node.
+    Create {
+        /// Its name.
+        name: String,
+        /// What it says.
+        spec: Box<ReleaseSpec>,
+        /// The value of `kari.dev/retry` that it was decided under.
+        retry: Option<String>,
+    },
+}
+
+/// The slots that a Deployment has: `maxUnavailable` nodes or percent of those that match, rounded down,
+/// at least 1 and at most [`MOST_SLOTS`].
+pub fn budget(observed: &Observed) -> usize {
+    let strategy = observed
+        .deployment
+        .spec
+        .strategy
+        .clone()
+        .unwrap_or_default();
+    let matching = observed
+        .nodes
+        .iter()
+        .filter(|n| n.matches() && (n.reach != Reach::NoAgent || n.release.is_some()))
+        .count();
+    let slots = match &strategy.max_unavailable {
+        IntOrString::Int(number) => usize::try_from(*number).unwrap_or(1),
+        IntOrString::String(percent) => percent
+            .strip_suffix('%')
+            .and_then(|digits| digits.parse::<usize>().ok())
+            .map_or(1, |percent| matching.saturating_mul(percent) / 100),
+    };
+    slots.clamp(1, MOST_SLOTS)
+}
+
+/// Decides what every node gets now.
+pub fn decide(input: &Input<'_>) -> Rollout {
+    let Input {
+        observed,
+        wanted,
+        blocked,
+        overdue,
+        retry,
+    } = *input;
+    let suspended = observed.deployment.spec.suspend;
+    let before: BTreeSet<NodeName> = observed
+        .deployment
+        .status
+        .active
+        .iter()
+        .map(NodeName::new)
+        .collect();
+    let kept: BTreeSet<NodeName> = observed
+        .nodes
+        .iter()
+        .filter(|node| keeps_slot(node, before.contains(&node.name), overdue))
+        .map(|node| node.name.clone())
+        .collect();
+    // A slot that came free is progress: the clock starts anew, and the rollout goes on.
+    let deadline_exceeded = overdue && kept == before && !all_held_up(observed, &kept);
+    let mut rollout = Rollout {
+        active: kept,
+        deadline_exceeded,
+        ..Rollout::default()
+    };
+
+    remove_what_left(observed, suspended, &mut rollout);
+    let Some(wanted) = wanted.filter(|_| !suspended) else {
+        return rollout;
+    };
+    let assign = Assign {
+        observed,
+        wanted,
+        retry,
+    };
+    if !blocked {
+        supersede(&assign, &mut rollout);
+        begin(&assign, &before, &mut rollout);
+        give_back(&assign, &mut rollout);
+    }
+    update_in_place(&assign, &mut rollout);
+    rollout
+}
+
+/// Whether the node holds a slot before anything new is begun.
+fn keeps_slot(node: &ObservedNode, held: bool, overdue: bool) -> bool {
+    let Some(release) = &node.release else {
+        return false;
+    };
+    if node.presence == Presence::Gone {
+        return false;
+    }
+    if release.deleting || !node.matches() {
+        return held;
+    }
+    if release.settled() || (release.committed() && !held) {
+        return false;
+    }
+    match node.reach {
+        // What it does there is not known; it has its slot until it is heard of again or for as long as a
+        // rollout may stand still.
+        Reach::Stale | Reach::NoAgent => held && !overdue,
+        Reach::Fresh | Reach::Unknown => true,
+    }
+}
+
+/// All that goes on waits for something that is not the Deployment's fault: the clock stands still.
+pub fn all_held_up(observed: &Observed, active: &BTreeSet<NodeName>) -> bool {
+    !active.is_empty()
+        && observed
+            .nodes
+            .iter()
+            .filter(|node| active.contains(&node.name))
+            .all(|node| node.release.as_ref().is_some_and(|r| r.held_up()))
+}
+
+/// Takes the Deployment off every node that is gone or that the placement no longer wants.
+fn remove_what_left(observed: &Observed, suspended: bool, rollout: &mut Rollout) {
+    for node in &observed.nodes {
+        let gone = node.presence == Presence::Gone;
+        let leaves = gone || (!node.matches() && !suspended);
+        if let Some(release) = node.release.as_ref().filter(|r| leaves && !r.deleting) {
+            rollout.steps.push(delete(release));
+        }
+    }
+}
+
+/// What the functions below hand to a node.
+struct Assign<'a> {
+    observed: &'a Observed,
+    wanted: &'a Wanted,
+    retry: Option<&'a str>,
+}
+
+impl Assign<'_> {
+    fn has_wanted(&self, release: &ObservedRelease) -> bool {
+        release.spec.revision == self.wanted.revision.as_str()
+    }
+
+    /// The failure is one that a person has asked to try again since.
+    fn retry_due(&self, release: &ObservedRelease) -> bool {
+        release.failed().is_some() && release.retry.as_deref() != self.retry
+    }
+
+    fn needs_work(&self, node: &ObservedNode) -> bool {
+        match &node.release {
+            None => true,
+            Some(release) => {
+                !release.deleting && (!self.has_wanted(release) || self.retry_due(release))
+            }
+        }
+    }
+
+    /// The write that has the node serve the wanted revision.
+    fn step(&self, node: &ObservedNode) -> Step {
+        let deployment = &self.observed.deployment;
+        let Wanted { revision, data } = self.wanted;
+        let attempt = node.release.as_ref().map_or(1, |r| r.spec.attempt + 1);
+        // A node that serves the revision already keeps its release, and has nothing to do.
+        let served = node
+            .release
+            .as_ref()
+            .filter(|release| !release.degraded())
+            .and_then(|release| release.status.serving.as_ref())
+            .filter(|serving| serving.revision == revision.as_str())
+            .map(|serving| serving.release_id);
+        let release_id = served
+            .unwrap_or_else(|| ReleaseId::derive(&deployment.uid, &node.name, revision, attempt));
+        let retain = deployment
+            .status
+            .last_good_revision
+            .iter()
+            .filter(|good| *good != revision.as_str())
+            .cloned()
+            .collect();
+        let spec = Box::new(ReleaseSpec {
+            node_name: node.name.to_string(),
+            deployment: deployment.name.clone(),
+            release_id,
+            attempt,
+            revision: revision.to_string(),
+            commit: data.commit.to_string(),
+            template: data.template.clone(),
+            retain,
+        });
+        let retry = self.retry.map(str::to_owned);
+        match &node.release {
+            Some(release) => update(release, spec, retry),
+            None => Step::Create {
+                name: crate::api::names::release_name(&deployment.name, &node.name),
+                spec,
+                retry,
+            },
+        }
+    }
+}
+
+/// A newer revision goes at once to every node in mid-change, whatever step it is in.
+fn supersede(assign: &Assign<'_>, rollout: &mut Rollout) {
+    for node in assign.observed.nodes.iter().filter(|n| n.matches()) {
+        let Some(release) = &node.release else {
+            continue;
+        };
+        let mid_change = !release.deleting && !release.committed() && release.failed().is_none();
+        if mid_change && !assign.has_wanted(release) {
+            rollout.steps.push(assign.step(node));
+        }
+    }
+}
+
+/// Gives free slots to the nodes that wait, in their order.
+fn begin(assign: &Assign<'_>, before: &BTreeSet<NodeName>, rollout: &mut Rollout) {
+    let observed = assign.observed;
+    let slots = budget(observed);
+    let mut unavailable: BTreeSet<&NodeName> = observed
+        .nodes
+        .iter()
+        .filter(|n| n.takes_part() && !rollout.active.contains(&n.name))
+        .filter(|n| {
+            n.release
+                .as_ref()
+                .is_some_and(|r| !r.deleting && r.degraded())
+        })
+        .map(|n| &n.name)
+        .collect();
+    let mut candidates: Vec<&ObservedNode> = observed
+        .nodes
+        .iter()
+        .filter(|n| n.takes_work() && !rollout.active.contains(&n.name) && assign.needs_work(n))
+        .collect();
+    candidates.sort_by_key(|n| {
+        (
+            n.gave_back,
+            !before.contains(&n.name),
+            !unavailable.contains(&n.name),
+            !n.canary(),
+            &n.name,
+        )
+    });
+    for node in candidates {
+        let used = rollout.active.len();
+        let is_unavailable = unavailable.contains(&node.name);
+        let fits = used < slots && (is_unavailable || used + unavailable.len() < slots);
+        if fits && !rollout.deadline_exceeded {
+            unavailable.remove(&node.name);
+            rollout.active.insert(node.name.clone());
+            rollout.steps.push(assign.step(node));
+        } else {
+            rollout.waiting.insert(node.name.clone());
+        }
+    }
+}
+
+/// Has a node that its surroundings hold up go back to what it serves, where another waits for the slot.
+/// The slot comes free when the node has confirmed it.
+fn give_back(assign: &Assign<'_>, rollout: &mut Rollout) {
+    let another_waits = assign
+        .observed
+        .nodes
+        .iter()
+        .any(|n| !n.gave_back && rollout.waiting.contains(&n.name));
+    if !another_waits {
+        return;
+    }
+    for node in assign.observed.nodes.iter().filter(|n| n.takes_part()) {
+        let Some(release) = node.release.as_ref().filter(|release| {
+            !release.deleting
+                && assign.has_wanted(release)
+                && !release.committed()
+                && release
+                    .held_up_for
+                    .is_some_and(|held| held >= HELD_UP_LIMIT)
+        }) else {
+            continue;
+        };
+        let step = match &release.status.serving {
+            None => Some(delete(release)),
+            Some(serving) => assign
+                .observed
+                .revisions
+                .iter()
+                .find(|revision| revision.name.as_str() == serving.revision)
+                .and_then(|revision| revision.data.as_ref())
+                .map(|data| {
+                    let spec = Box::new(ReleaseSpec {
+                        release_id: serving.release_id,
+                        attempt: release.spec.attempt + 1,
+                        revision: serving.revision.clone(),
+                        commit: serving.commit.clone(),
+                        template: data.template.clone(),
+                        ..release.spec.clone()
+                    });
+                    update(release, spec, release.retry.clone())
+                }),
+        };
+        if let Some(step) = step {
+            rollout.giving_back.insert(node.name.clone());
+            match step {
+                Step::Delete { .. } => rollout.steps.insert(0, step),
+                Step::Update { .. } | Step::Create { .. } => rollout.steps.push(step),
+            }
+        }
+    }
+}
+
+/// Tells nodes that have the revision already what changed besides it: same release id, no slot. And
+/// takes on what an earlier Deployment of the name left behind.
+fn update_in_place(assign: &Assign<'_>, rollout: &mut Rollout) {
+    for node in &assign.observed.nodes {
+        let Some(release) = node.release.as_ref().filter(|r| !r.deleting) else {
+            continue;
+        };
+        let idle = !rollout.active.contains(&node.name);
+        let writable = node.takes_work() || (!idle && node.matches());
+        let touched = rollout.steps.iter().any(|step| step.name() == release.name);
+        if !writable || touched {
+            continue;
+        }
+        let behind = assign.has_wanted(release)
+            && release.spec.template != assign.wanted.data.template
+            && release.failed().is_none();
+        if behind || release.orphaned {
+            let mut spec = release.spec.clone();
+            if behind {
+                spec.template = assign.wanted.data.template.clone();
+            }
+            let step = update(release, Box::new(spec), release.retry.clone());
+            rollout.steps.push(step);
+        }
+    }
+}
+
+impl Step {
+    /// The Release that it writes.
+    pub fn name(&self) -> &str {
+        match self {
+            Step::Delete { name, .. } | Step::Update { name, .. } | Step::Create { name, .. } => {
+                name
+            }
+        }
+    }
+}
+
+fn delete(release: &ObservedRelease) -> Step {
+    Step::Delete {
+        name: release.name.clone(),
+        uid: release.uid.clone(),
+        resource_version: release.resource_version.clone(),
+    }
+}
+
+fn update(release: &ObservedRelease, spec: Box<ReleaseSpec>, retry: Option<String>) -> Step {
+    Step::Update {
+        name: release.name.clone(),
+        uid: release.uid.clone(),
+        resource_version: release.resource_version.clone(),
+        spec,
+        retry,
+    }
+}

@@ -9,7 +9,8 @@
 //! container. Node and Pod objects are written by [`cluster`], for their
 //! identities.
 //!
-//! In reading order: [`testbed`] is what callers use. [`state`], [`process`] and
+//! In reading order: [`testbed`] and [`node_handle`] are what callers use,
+//! [`lifecycle`] is how it comes up and goes down. [`state`], [`process`] and
 //! [`wait`] are its ground; [`program`], [`prerequisites`] and [`toolchains`]
 //! are what it finds on the machine; [`network`], [`pki`], [`plane`], [`node`],
 //! [`git`], [`cluster`] and [`kari`] are its parts.
@@ -18,8 +19,10 @@ pub mod cluster;
 pub mod error;
 pub mod git;
 pub mod kari;
+pub mod lifecycle;
 pub mod network;
 pub mod node;
+pub mod node_handle;
 pub mod pki;
 pub mod plane;
 pub mod prerequisites;
@@ -32,6 +35,7 @@ pub mod wait;
 
 pub use error::{Error, Result};
 pub use git::Repository;
+pub use node_handle::NodeHandle;
 pub use rustix::process::Signal;
 pub use state::{Network, NodeName, Part};
-pub use testbed::{NodeHandle, Options, Status, Testbed};
+pub use testbed::{Options, Status, Testbed};

@@ -140,7 +140,7 @@ enum Verb {
 
 #[derive(Args)]
 struct Folder {
-    /// The testbed's folder [default: $XDG_RUNTIME_DIR/kari-testbed, or /run/kari-testbed]
+    /// The testbed's folder, on a disk [default: /var/lib/kari-testbed]
     #[arg(long, value_name = "FOLDER")]
     dir: Option<PathBuf>,
 }

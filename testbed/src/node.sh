@@ -1,7 +1,7 @@
 #!/bin/bash
 # Boots systemd as PID 1 of namespaces of its own, on an overlay of this
-# machine's root. Called by node.rs as `launch`, which calls itself as `init`
-# inside the namespaces. From the environment:
+# machine's root. Called by node.rs as `launch`, which calls itself as `enter`
+# and then `boot` inside the namespaces. From the environment:
 #   NODE_NAME         host name
 #   NODE_DIR          the node's folder: upper/ work/ root/ kari/ credentials/
 #   NODE_GROUP        name of its cgroup in each hierarchy
@@ -33,7 +33,7 @@ readonly MASKED="
 # One cgroup in every hierarchy, below the caller's own in version 1 (so that
 # its accounting stays), below the root in version 2, where only the root may
 # hold processes beside cgroups with controllers. The list is what `down` removes.
-enter_cgroups() {
+make_cgroups() {
   local controllers path hierarchy group controller available
   : >"$NODE_DIR/cgroups"
   if [ "$(stat -f -c %T /sys/fs/cgroup)" = cgroup2fs ]; then
@@ -63,7 +63,6 @@ enter_cgroups() {
       esac
     done </proc/self/cgroup
   fi
-  while read -r group; do echo $$ >"$group/cgroup.procs"; done <"$NODE_DIR/cgroups"
 }
 
 connect_to_lab() {
@@ -184,9 +183,11 @@ prepare_system() {
   fi
 }
 
-init() {
-  local root=$NODE_DIR/root pid
-  # The old /proc is still there: it tells the number that the machine sees.
+# PID 1 of the new namespaces. Only it enters the cgroups: systemd could not hand
+# out controllers while a process of another PID namespace is in its root.
+enter() {
+  local pid group
+  # The machine's /proc is still there: it tells the number that the machine sees.
   read -r pid _ </proc/self/stat
   if [ "$(readlink /proc/self/ns/mnt)" = "$MACHINE_MNT" ]; then
     echo "not in a mount namespace of its own"
@@ -194,6 +195,12 @@ init() {
   fi
   echo "$pid" >"$NODE_DIR/pid.new"
   mv "$NODE_DIR/pid.new" "$NODE_DIR/pid"
+  while read -r group; do echo 0 >"$group/cgroup.procs"; done <"$NODE_DIR/cgroups" # 0 is the writer
+  exec unshare --cgroup bash "$0" boot
+}
+
+boot() {
+  local root=$NODE_DIR/root
   hostname "$NODE_NAME"
   [ -z "$LAB_NETNS" ] || connect_to_lab
   mount_root "$root"
@@ -215,11 +222,10 @@ init() {
 launch() {
   local network=
   [ -z "$LAB_NETNS" ] || network=--net
-  enter_cgroups
+  make_cgroups
   MACHINE_MNT=$(readlink /proc/self/ns/mnt)
   export MACHINE_MNT
-  exec unshare --mount --uts --ipc --pid --cgroup $network --fork --kill-child --propagation private \
-    bash "$0" init
+  exec unshare --mount --uts --ipc --pid $network --fork --kill-child --propagation private bash "$0" enter
 }
 
 "$1"

@@ -245,12 +245,15 @@ impl Description {
 pub struct Directory(PathBuf);
 
 impl Directory {
-    /// The folder that is meant where none is named.
+    /// The folder that is meant where none is named. It is on a disk, for apps
+    /// are built there: /run and often /tmp are in memory.
     pub fn default_path() -> PathBuf {
-        std::env::var_os("XDG_RUNTIME_DIR")
-            .filter(|folder| !folder.is_empty())
-            .map_or_else(|| PathBuf::from("/run"), PathBuf::from)
-            .join("kari-testbed")
+        PathBuf::from("/var/lib/kari-testbed")
+    }
+
+    /// The folder of the testbed with this id, for one that ends with its process.
+    pub fn temporary(id: &str) -> Result<Self> {
+        Self::new(&Path::new("/var/tmp").join(format!("kari-testbed-{id}")))
     }
 
     /// This path, made absolute; nothing is made or read.

@@ -1,14 +1,12 @@
-//! A testbed as a whole: up, down, and what can be done with it in between.
+//! A testbed as callers use it, from up to down.
 
 use std::{
     ffi::OsStr,
-    fs::{self, File},
-    io,
-    net::{Ipv4Addr, SocketAddrV4},
-    os::unix::fs::symlink,
+    fs, io,
+    net::SocketAddrV4,
     path::{Path, PathBuf},
-    process::{Child, Command, Output, Stdio},
-    time::{Duration, Instant},
+    process::{Child, Command, Stdio},
+    time::Duration,
 };
 
 use jiff::Timestamp;
@@ -18,30 +16,25 @@ use serde::Serialize;
 use tokio::net::TcpStream;
 
 use crate::{
-    cluster,
     error::{Context, Error, Result},
     git::{self, Repository},
-    kari, network, node, pki, plane, prerequisites, process,
+    kari, lifecycle, network, node,
+    node_handle::NodeHandle,
+    plane, process,
     program::{self, ControlPlane},
-    state::{Description, Directory, MAX_NODES, Network, NodeName, Part},
+    state::{Description, Directory, Network, Part},
     toolchains,
 };
-
-/// How long processes may take to be gone after SIGKILL.
-const DOWN_LIMIT: Duration = Duration::from_secs(20);
 
 /// How long a part may take to end by a signal that ends it: the API server
 /// waits a minute for its watches.
 const END_LIMIT: Duration = Duration::from_secs(90);
 
-/// How long a command in a node may take.
-const EXEC_LIMIT: Duration = Duration::from_secs(300);
-
 /// What a testbed is to be made of.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Its folder: new, empty, or left by a testbed that no longer runs. `None`
-    /// for a new one in the system's folder for temporary files.
+    /// for a new one below /var/tmp.
     pub directory: Option<PathBuf>,
     /// How many nodes, 1 to 99; one with [`Network::Host`].
     pub nodes: u8,
@@ -74,8 +67,8 @@ impl Default for Options {
 /// It holds nothing of an async runtime, so the tests of one program can share
 /// one in a `static` `tokio::sync::OnceCell`.
 pub struct Testbed {
-    directory: Directory,
-    description: Description,
+    pub(crate) directory: Directory,
+    pub(crate) description: Description,
     /// The process that takes it down when this one ends; its standard input
     /// is open as long as this handle exists.
     reaper: Option<Child>,
@@ -107,15 +100,16 @@ impl Testbed {
     pub async fn up(options: Options) -> Result<Self> {
         let directory = match &options.directory {
             Some(path) => Directory::new(path)?,
-            None => {
-                Directory::new(&std::env::temp_dir().join(format!("kari-testbed-{}", new_id()?)))?
-            }
+            None => Directory::temporary(&lifecycle::new_id()?)?,
         };
         // The reaper first: what follows may be killed half-way.
         let reaper = start_reaper(&directory)?;
-        let mut testbed = Self::bring_up(directory, options).await?;
-        testbed.reaper = Some(reaper);
-        Ok(testbed)
+        let description = lifecycle::bring_up(&directory, options).await?;
+        Ok(Self {
+            directory,
+            description,
+            reaper: Some(reaper),
+        })
     }
 
     /// As [`Testbed::up`], but it stays up until [`Testbed::down`].
@@ -124,7 +118,13 @@ impl Testbed {
             .directory
             .clone()
             .unwrap_or_else(Directory::default_path);
-        Self::bring_up(Directory::new(&path)?, options).await
+        let directory = Directory::new(&path)?;
+        let description = lifecycle::bring_up(&directory, options).await?;
+        Ok(Self {
+            directory,
+            description,
+            reaper: None,
+        })
     }
 
     /// A testbed that is up, in its folder. Dropping this changes nothing.
@@ -143,12 +143,7 @@ impl Testbed {
     /// Takes down whatever there is in a folder: every process, cgroup, mount
     /// and file. Where there is no testbed it does nothing.
     pub fn down(directory: &Path) -> Result<()> {
-        let directory = Directory::new(directory)?;
-        let Some(description) = directory.description()? else {
-            return Ok(());
-        };
-        let _lock = directory.lock(true)?;
-        take_down(&directory, &description)
+        lifecycle::take_down(&Directory::new(directory)?)
     }
 
     /// Its folder.
@@ -413,40 +408,6 @@ impl Testbed {
             | Part::Controller => Ok(()),
         }
     }
-
-    async fn bring_up(directory: Directory, options: Options) -> Result<Self> {
-        check_options(&options)?;
-        prerequisites::ensure()?;
-        let plane = ControlPlane::ensure()?;
-        let _lock = claim(&directory)?;
-        let mut description = Description {
-            id: new_id()?,
-            network: options.network,
-            nodes: options.nodes,
-            kari: options.kari,
-            controller_arguments: options.controller_arguments,
-            agent_arguments: options.agent_arguments,
-            addresses: network::choose_addresses(options.network)?,
-            complete: false,
-        };
-        directory.write_description(&description)?;
-        let started = start_parts(&directory, &description, &plane).await;
-        if let Err(error) = started {
-            return Err(match take_down(&directory, &description) {
-                Ok(()) => error,
-                Err(second) => Error::State(format!(
-                    "{error}; and then could not be taken down: {second}"
-                )),
-            });
-        }
-        description.complete = true;
-        directory.write_description(&description)?;
-        Ok(Self {
-            directory,
-            description,
-            reaper: None,
-        })
-    }
 }
 
 impl Drop for Testbed {
@@ -462,282 +423,6 @@ impl Drop for Testbed {
     }
 }
 
-/// A node of a testbed.
-#[derive(Clone, Copy)]
-pub struct NodeHandle<'a> {
-    testbed: &'a Testbed,
-    name: NodeName,
-}
-
-impl NodeHandle<'_> {
-    /// Its name.
-    pub fn name(&self) -> NodeName {
-        self.name
-    }
-
-    /// Its address as the other parts see it.
-    pub fn ip(&self) -> Ipv4Addr {
-        self.testbed.description.node_address(self.name)
-    }
-
-    /// Where its proxy is reached from the machine's own network.
-    pub fn forwarded_http(&self) -> Result<SocketAddrV4> {
-        let testbed = self.testbed;
-        let address = testbed.description.node_http(self.name);
-        network::forwarded(&testbed.directory, &testbed.description, address)
-    }
-
-    /// A program in all of its namespaces, not started yet.
-    pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
-        let init = node::init(&self.testbed.directory, self.name)?;
-        Ok(node::enter(&self.testbed.description, init, program))
-    }
-
-    /// Runs a command in all of its namespaces to the end, for at most 300 s.
-    ///
-    /// # Errors
-    /// When it cannot be run; its own failure is in the output's status.
-    pub async fn exec<S: AsRef<OsStr>>(
-        &self,
-        words: impl IntoIterator<Item = S>,
-    ) -> Result<Output> {
-        let mut words = words.into_iter();
-        let program = words
-            .next()
-            .ok_or_else(|| Error::State("no command was given".to_owned()))?;
-        let mut command = self.command(program)?;
-        command.args(words).stdin(Stdio::null());
-        let running = tokio::process::Command::from(command)
-            .kill_on_drop(true)
-            .output();
-        match tokio::time::timeout(EXEC_LIMIT, running).await {
-            Ok(output) => output.context(|| format!("run a command in {}", self.name)),
-            Err(_elapsed) => Err(Error::NotReady {
-                what: format!("the command in {} did not end", self.name),
-                limit: EXEC_LIMIT,
-                seen: "it still ran".to_owned(),
-                log: String::new(),
-            }),
-        }
-    }
-
-    /// Runs a command as [`NodeHandle::exec`] does, and returns what it printed.
-    ///
-    /// # Errors
-    /// When it exits with another status than 0, with what it said.
-    pub async fn output<S: AsRef<OsStr>>(
-        &self,
-        words: impl IntoIterator<Item = S>,
-    ) -> Result<String> {
-        let words: Vec<_> = words
-            .into_iter()
-            .map(|word| word.as_ref().to_owned())
-            .collect();
-        let output = self.exec(&words).await?;
-        if output.status.success() {
-            return Ok(String::from_utf8_lossy(&output.stdout)
-                .trim_end()
-                .to_owned());
-        }
-        let words: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();
-        Err(Error::Command {
-            command: words.join(" "),
-            status: output.status.to_string(),
-            output: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-        })
-    }
-
-    /// The address of its system bus, as any process of the machine sees it.
-    pub fn bus_address(&self) -> Result<String> {
-        Ok(node::bus_address(node::init(
-            &self.testbed.directory,
-            self.name,
-        )?))
-    }
-
-    /// Cuts its power: every process is killed, nothing more is written.
-    pub async fn power_off(&self) -> Result<()> {
-        self.testbed.kill(Part::Node(self.name), Signal::KILL).await
-    }
-
-    /// Boots it, without its agent.
-    pub async fn power_on(&self) -> Result<()> {
-        self.testbed.start(Part::Node(self.name)).await
-    }
-
-    /// Shuts it down in order and boots it again, without its agent.
-    pub async fn reboot(&self) -> Result<()> {
-        node::shut_down(
-            &self.testbed.directory,
-            &self.testbed.description,
-            self.name,
-        )
-        .await?;
-        self.power_on().await
-    }
-}
-
-async fn start_parts(
-    directory: &Directory,
-    description: &Description,
-    plane: &ControlPlane,
-) -> Result<()> {
-    for folder in ["parts", "logs", "bin", "git", "nodes"] {
-        directory.make_folder(folder)?;
-    }
-    for name in ["kubectl", "helm"] {
-        if let Some(program) = plane.component(name) {
-            let link = directory.join("bin").join(name);
-            symlink(program, &link).context(|| format!("make {}", link.display()))?;
-        }
-    }
-    // What asks the machine first, beside what starts.
-    let kari_program = program::kari()?;
-    let crds = tokio::task::spawn_blocking(kari::crds);
-    let toolchains = tokio::task::spawn_blocking(toolchains::find);
-    network::start(directory, description).await?;
-    pki::create(directory, description)?;
-    plane::write_kubeconfigs(directory, description)?;
-    plane::start_etcd(directory, description, plane)?;
-    plane::start_apiserver(directory, description, plane)?;
-    let joined = |error: tokio::task::JoinError| Error::State(error.to_string());
-    let toolchains = toolchains.await.map_err(joined)?;
-    for name in description.node_names() {
-        node::create(directory, name, Some(&kari_program), &toolchains)?;
-    }
-    let crds = crds.await.map_err(joined)??;
-    let names = description.node_names();
-    let boots = futures::future::try_join_all(
-        names
-            .iter()
-            .map(|&name| node::boot(directory, description, name)),
-    );
-    let cluster = async {
-        plane::wait_apiserver(directory).await?;
-        let client = plane::client(directory).await?;
-        cluster::apply_crds(&client, &crds).await?;
-        plane::start_controller_manager(directory, description, plane)?;
-        cluster::apply_rules(&client).await?;
-        for &name in &names {
-            cluster::add_node(&client, directory, description, name).await?;
-        }
-        cluster::add_controller(&client, directory, description).await?;
-        cluster::wait_admission_policy(&client, names[0]).await?;
-        cluster::wait_controller_manager(&client, || directory.log_tail(Part::ControllerManager))
-            .await
-    };
-    futures::future::try_join3(git::start(directory, description), boots, cluster).await?;
-    if description.kari {
-        kari::start_all(directory, description, &toolchains).await?;
-    }
-    Ok(())
-}
-
-/// Ends every process, removes the cgroups and then the folder.
-fn take_down(directory: &Directory, description: &Description) -> Result<()> {
-    let start = Instant::now();
-    // One that is ending has lost its environment already, and is waited for all the same.
-    let mut left = directory.recorded_processes()?;
-    loop {
-        left.extend(process::of_testbed(&description.id));
-        left.retain(|process| process.is_alive());
-        if left.is_empty() {
-            break;
-        }
-        if start.elapsed() > DOWN_LIMIT {
-            return Err(Error::NotReady {
-                what: "the testbed's processes did not end".to_owned(),
-                limit: DOWN_LIMIT,
-                seen: format!("{left:?}"),
-                log: String::new(),
-            });
-        }
-        for process in &left {
-            process.signal(Signal::KILL)?;
-        }
-        for process in &left {
-            process.wait_end(Duration::from_millis(100));
-        }
-    }
-    for name in description.node_names() {
-        node::remove_cgroups(&directory.node(name))?;
-    }
-    remove_folder(directory)
-}
-
-/// The file that makes the folder ours goes last, so that a removal which was
-/// cut short can be taken up again.
-fn remove_folder(directory: &Directory) -> Result<()> {
-    let action = || format!("remove {}", directory.path().display());
-    for entry in fs::read_dir(directory.path()).context(action)? {
-        let entry = entry.context(action)?;
-        if entry.file_name() == "testbed.json" {
-            continue;
-        }
-        let removed = if entry.file_type().context(action)?.is_dir() {
-            fs::remove_dir_all(entry.path())
-        } else {
-            fs::remove_file(entry.path())
-        };
-        removed.context(|| format!("remove {}", entry.path().display()))?;
-    }
-    fs::remove_dir_all(directory.path()).context(action)
-}
-
-/// Makes the folder and locks it. What a testbed has left there that is not up
-/// any more, or never was, is taken down first.
-fn claim(directory: &Directory) -> Result<File> {
-    let path = directory.path();
-    if let Some(left) = directory.description()? {
-        let _lock = directory.lock(true)?;
-        if left.complete && is_up(directory, &left)? {
-            return Err(Error::State(format!(
-                "a testbed is up in {0} already: `testbed down --dir {0}` first",
-                path.display()
-            )));
-        }
-        take_down(directory, &left)?;
-    }
-    directory.make_folder("")?;
-    node::check_file_system(path)?;
-    let mut entries = fs::read_dir(path).context(|| format!("read {}", path.display()))?;
-    if entries.any(|entry| entry.is_ok_and(|entry| entry.file_name() != "lock")) {
-        return Err(Error::State(format!(
-            "{} holds other files: name a folder that is new or empty",
-            path.display()
-        )));
-    }
-    directory.lock(true)
-}
-
-fn is_up(directory: &Directory, description: &Description) -> Result<bool> {
-    let recorded = |part| directory.running(part).map(|process| process.is_some());
-    let mut parts = vec![Part::Etcd, Part::Apiserver];
-    parts.extend(description.node_names().into_iter().map(Part::Node));
-    for part in parts {
-        if recorded(part)? {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-fn check_options(options: &Options) -> Result<()> {
-    if options.nodes == 0 || options.nodes > MAX_NODES {
-        return Err(Error::State(format!(
-            "{} nodes were asked for: a testbed has 1 to {MAX_NODES}",
-            options.nodes
-        )));
-    }
-    if options.network == Network::Host && options.nodes > 1 {
-        return Err(Error::State(
-            "the machine's own network has room for one node: use --nodes 1, or --network lab"
-                .to_owned(),
-        ));
-    }
-    Ok(())
-}
-
 fn start_reaper(directory: &Directory) -> Result<Child> {
     Command::new("setsid")
         .arg(program::testbed()?)
@@ -747,10 +432,4 @@ fn start_reaper(directory: &Directory) -> Result<Child> {
         .stdin(Stdio::piped())
         .spawn()
         .context(|| "start the process that takes the testbed down".to_owned())
-}
-
-fn new_id() -> Result<String> {
-    let uuid = fs::read_to_string("/proc/sys/kernel/random/uuid")
-        .context(|| "read /proc/sys/kernel/random/uuid".to_owned())?;
-    Ok(uuid.chars().take(8).collect())
 }

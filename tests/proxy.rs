@@ -2,11 +2,14 @@
 
 #![allow(
     clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
     reason = "a test ends where something is not as it must be"
 )]
 
 #[path = "support/in_node.rs"]
 mod in_node;
+#[allow(dead_code, reason = "other tests use the rest")]
 #[path = "support/traffic.rs"]
 mod traffic;
 

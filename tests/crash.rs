@@ -46,7 +46,7 @@ async fn an_agent_that_is_killed_in_a_build_finds_the_same_build_again() {
             build,
         ))
         .await;
-    let pattern = format!("kari*{}.shop*build*", space.namespace);
+    let pattern = format!("kari-build.{}.shop.*", space.namespace);
     let unit = until("the build runs", LIMIT, || async {
         let units = space
             .on(

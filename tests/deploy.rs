@@ -123,7 +123,8 @@ async fn a_second_commit_replaces_the_first() {
             && is(&status.conditions, "Ready", "True")
     });
     assert_eq!(release.await.spec.attempt, 2);
-    until("only one unit of the app is left", LIMIT, || async {
+    until("only the new service of the app is left", LIMIT, || async {
+        let pattern = format!("kari.{}.shop.*.service", space.namespace);
         let units = space
             .on(
                 NODE,
@@ -133,12 +134,11 @@ async fn a_second_commit_replaces_the_first() {
                     "--all",
                     "--plain",
                     "--no-legend",
-                    &format!("kari.{}.shop.*", space.namespace),
+                    &pattern,
                 ],
             )
             .await;
-        // The target and the service of its one process.
-        if units.lines().count() == 2 {
+        if units.lines().count() == 1 {
             Ok(())
         } else {
             Err(units)

@@ -5,6 +5,7 @@
 
 #![allow(
     clippy::unwrap_used,
+    clippy::panic,
     reason = "a test ends where something is not as it must be"
 )]
 
@@ -288,6 +289,16 @@ impl App {
         }
     }
 
+    fn forget_mirror(&self) {
+        fs::remove_dir_all(
+            self.folder
+                .store()
+                .mirrors()
+                .join(format!("{}.git", self.name)),
+        )
+        .unwrap();
+    }
+
     async fn built(&self, step: &Step) -> StepResult {
         let state = self
             .wait(&step.unit, |state| {
@@ -509,7 +520,7 @@ async fn each_way_in_which_a_build_ends_is_told_from_the_others() {
     }
     let app = app("ends").await;
     let files = [("file", "")];
-    let run = |script: &str| serde_json::json!({"run": script, "timeoutSeconds": 2, "resources": {"limits": {"memory": "64Mi", "tasks": 64}}});
+    let run = |script: &str| serde_json::json!({"run": script, "timeoutSeconds": 60, "resources": {"limits": {"memory": "64Mi", "tasks": 64}}});
 
     let step = app.build(&files, None, run("echo no; exit 3")).await;
     let result = app.built(&step).await;
@@ -537,13 +548,7 @@ async fn each_way_in_which_a_build_ends_is_told_from_the_others() {
         .unwrap();
     app.built(&step).await;
     app.systemd.stop_unit(&step.unit, LIMIT).await.unwrap();
-    fs::remove_dir_all(
-        app.folder
-            .store()
-            .mirrors()
-            .join(format!("{}.git", app.name)),
-    )
-    .unwrap();
+    app.forget_mirror();
 
     let step = app.build(&files, Some("missing"), run("true")).await;
     let result = app.built(&step).await;
@@ -588,13 +593,19 @@ async fn each_way_in_which_a_build_ends_is_told_from_the_others() {
         "a build may catch a signal of its own"
     );
     app.systemd.stop_unit(&step.unit, LIMIT).await.unwrap();
-    fs::remove_dir_all(
-        app.folder
-            .store()
-            .mirrors()
-            .join(format!("{}.git", app.name)),
-    )
-    .unwrap();
+    app.forget_mirror();
+
+    let step = app
+        .build(&files, None, run("head -c 134217728 /dev/zero | tail -n 1"))
+        .await;
+    let result = app.built(&step).await;
+    // A part of it is killed, or all of it where systemd is told of it.
+    assert!(
+        result.result == "oom-kill" || matches!(result.status, 9 | 137),
+        "{result:?}"
+    );
+    app.systemd.stop_unit(&step.unit, LIMIT).await.unwrap();
+    app.forget_mirror();
 
     let step = app.build(&files, None, run("sleep 1000")).await;
     app.wait(&step.unit, |state| state.main_pid > 0).await;
@@ -605,15 +616,15 @@ async fn each_way_in_which_a_build_ends_is_told_from_the_others() {
         ("signal", 2, 15)
     );
     app.systemd.stop_unit(&step.unit, LIMIT).await.unwrap();
-    fs::remove_dir_all(
-        app.folder
-            .store()
-            .mirrors()
-            .join(format!("{}.git", app.name)),
-    )
-    .unwrap();
+    app.forget_mirror();
 
-    let step = app.build(&files, None, run("sleep 1000")).await;
+    let step = app
+        .build(
+            &files,
+            None,
+            serde_json::json!({"run": "sleep 1000", "timeoutSeconds": 1}),
+        )
+        .await;
     let result = app.built(&step).await;
     assert_eq!(result.result, "timeout");
     app.systemd.stop_unit(&step.unit, LIMIT).await.unwrap();
@@ -1084,6 +1095,31 @@ async fn a_crash_loop_is_counted_and_its_program_that_is_missing_is_told() {
             "{left:?}"
         );
     }
+}
+
+#[tokio::test]
+async fn a_service_of_type_notify_is_active_when_it_says_so() {
+    if outside!() {
+        return;
+    }
+    let app = app("notify").await;
+    let tree = app.tree(&[]);
+    // Waits for a file, says READY=1, stays.
+    let script = r#"
+        wait_for(0.05) until -e "$ENV{STATE_DIRECTORY}/go";
+        socket(S, AF_UNIX, SOCK_DGRAM, 0) and defined send(S, "READY=1", 0, sockaddr_un($ENV{NOTIFY_SOCKET} =~ s/^@/\0/r)) or die $!;
+        wait_for(1000);
+        sub wait_for { select(undef, undef, undef, $_[0]) }
+    "#;
+    let process = serde_json::json!({"name": "web", "type": "Notify", "stateDirectory": true,
+        "command": ["perl", "-MSocket", "-e", script.replace('$', "$$")]});
+    let name = app.serve(&tree, None, &[], process).await;
+    let state = app.wait(&name, |state| state.main_pid > 0).await;
+    assert_eq!(state.active_state, ActiveState::Activating);
+    fs::write(app.folder.path().join("state/web/go"), "").unwrap();
+    app.wait(&name, |state| state.active_state == ActiveState::Active)
+        .await;
+    app.systemd.stop_unit(&name, LIMIT).await.unwrap();
 }
 
 #[tokio::test]

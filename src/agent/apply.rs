@@ -9,7 +9,7 @@ use super::host::port::{self, PortError};
 use super::host::proxy::{DRAIN_LIMIT, OldWorkers, ProxyError, VirtualHost};
 use super::host::records::{AttemptRecord, Outcome, ProcessRecord, RecordedFailure};
 use super::host::seal::{self, SealError};
-use super::host::store::{AppFolder, StoreError};
+use super::host::store::{AppFolder, LOG_TAIL_BYTES, StoreError};
 use super::host::systemd::SystemdError;
 use super::host::unit::{self, BuildSpec, ServiceSpec, ServiceUnit, UnitError};
 use super::host::users::{AppUsers, UsersError};
@@ -17,7 +17,7 @@ use super::memory::InForce;
 use super::node::{Node, lock, monotonic};
 use super::observe::target_text;
 use super::plan::{self, Step};
-use super::view::Observed;
+use super::view::{Health, Observed};
 use crate::api::deployment::Process;
 use crate::api::reasons::{Class, Reason};
 use crate::runtime::error_chain;
@@ -175,7 +175,7 @@ impl Apply<'_> {
         match step {
             Step::WriteAttempt(record) => {
                 folder.create()?;
-                folder.write_attempt(&self.with_log(record))?;
+                folder.write_attempt(&self.with_log(record).await)?;
                 if record.outcome.is_some() {
                     lock(&node.claims).remove(app);
                     node.withdraw(app);
@@ -193,7 +193,7 @@ impl Apply<'_> {
                 // Killed in either case: what a build left running has nothing to save.
                 let _ = node.systemd.kill_unit(unit, SIGKILL).await;
                 node.systemd.stop_unit(unit, STEP_STOP_LIMIT).await?;
-                node.withdraw(app);
+                node.wake_waiting();
                 node.trash.notify_one();
             }
             Step::Seal => {
@@ -387,22 +387,37 @@ impl Apply<'_> {
         failure
     }
 
-    fn with_log(&self, record: &AttemptRecord) -> AttemptRecord {
+    /// The record, with the last words of what failed.
+    async fn with_log(&self, record: &AttemptRecord) -> AttemptRecord {
         let mut record = record.clone();
         let of_build = record
             .build_result
             .as_ref()
             .is_some_and(|result| !result.is_success());
+        let failing = self.failing_unit(&record);
         if let Some(Outcome::Failed {
             failure,
             undone: false,
             ..
         }) = &mut record.outcome
-            && of_build
         {
-            *failure = self.explained(failure);
+            match failing {
+                _ if of_build => *failure = self.explained(failure),
+                Some(unit) => failure.log_tail = journal_tail(&unit).await,
+                None => {}
+            }
         }
         record
+    }
+
+    /// The unit of the attempt that is at fault, if one is.
+    fn failing_unit(&self, record: &AttemptRecord) -> Option<String> {
+        let failed = |unit: &String| {
+            let service = self.observed.host.services.get(unit);
+            service.is_some_and(|service| matches!(service.health, Health::Failed(_)))
+        };
+        let mut units = record.processes.iter().map(|process| &process.unit);
+        units.find(|unit| failed(unit)).cloned()
     }
 
     // ---- Processes --------------------------------------------------------
@@ -599,6 +614,33 @@ impl Apply<'_> {
         memory.went_well();
     }
 }
+
+/// The last lines that a service has written, where the node keeps a journal: a help for people, so
+/// that none is no error.
+async fn journal_tail(unit: &str) -> Option<String> {
+    let mut command = tokio::process::Command::new("journalctl");
+    command
+        .args(["--no-pager", "--quiet", "--output=cat", "--lines=20"])
+        .arg(format!("_SYSTEMD_UNIT={unit}"))
+        .stdin(std::process::Stdio::null())
+        .kill_on_drop(true);
+    let output = tokio::time::timeout(JOURNAL_LIMIT, command.output())
+        .await
+        .ok()?
+        .ok()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let text: String = text
+        .chars()
+        .filter(|c| *c == '\n' || *c == '\t' || !c.is_control())
+        .collect();
+    let start = text.len().saturating_sub(LOG_TAIL_BYTES);
+    let start = (start..text.len()).find(|at| text.is_char_boundary(*at))?;
+    let tail = text[start..].trim_end().to_owned();
+    (!tail.is_empty()).then_some(tail)
+}
+
+/// How long the journal may take.
+const JOURNAL_LIMIT: Duration = Duration::from_secs(5);
 
 /// As [`super::host::limits::Limits::by_name`] calls it. It needs a kernel feature that some distributions leave
 /// out, and what it guards (a cloud's metadata service) is not on every node: told in the Lease, not required.

@@ -45,6 +45,8 @@ pub struct Tracker {
     pub probing: bool,
     /// Since when it is ready without a break.
     pub ready_since: Option<Duration>,
+    /// How its main process ended last: result, code and status.
+    pub last_end: Option<(String, i32, i32)>,
     /// systemd's count of restarts when it was ready first.
     pub restarts_when_ready: Option<u32>,
 }
@@ -52,6 +54,14 @@ pub struct Tracker {
 impl Tracker {
     /// Takes in a new look at the unit: another start has nothing of the last one's checks.
     pub fn look(&mut self, process: &Process, state: &UnitState, now: Duration) {
+        // The next start forgets it.
+        if state.exec_main_code != 0 {
+            self.last_end = Some((
+                state.result.clone(),
+                state.exec_main_code,
+                state.exec_main_status,
+            ));
+        }
         if self.invocation != state.invocation_id {
             self.invocation = state.invocation_id.clone();
             self.readiness = process
@@ -118,15 +128,18 @@ fn judge(look: &Look<'_>, tracker: &Tracker) -> Health {
     }
     match tracker.restarts_when_ready {
         // It never was ready: one end is enough.
-        None if ended(state) => return Health::Failed(start_failure(process, state)),
+        None if ended(state) => return Health::Failed(start_failure(process, tracker, state)),
         Some(before) if state.n_restarts.saturating_sub(before) >= CRASH_LOOP_RESTARTS => {
+            if is_out_of_memory(process, tracker.last_end.as_ref()) {
+                return Health::Failed(out_of_memory(process));
+            }
             return Health::Failed(failure(
                 Reason::CrashLooping,
                 format!(
                     "process {} was restarted {} times since it was ready; last it {}",
                     process.name,
                     state.n_restarts - before,
-                    end_of(state)
+                    end_of(tracker.last_end.as_ref())
                 ),
             ));
         }
@@ -242,49 +255,62 @@ fn ended(state: &UnitState) -> bool {
         || state.sub_state == "auto-restart"
 }
 
-fn start_failure(process: &Process, state: &UnitState) -> RecordedFailure {
+fn start_failure(process: &Process, tracker: &Tracker, state: &UnitState) -> RecordedFailure {
     let program = process.command.first().map_or("", String::as_str);
     let name = &process.name;
-    match (
-        state.result.as_str(),
-        state.exec_main_code,
-        state.exec_main_status,
-    ) {
-        ("oom-kill", _, _) => failure(
-            Reason::ExceededMemory,
-            format!(
-                "process {name} was killed for its memory while it started: raise resources.limits.memory"
-            ),
-        ),
-        (_, 1, 127) => failure(
-            Reason::StartFailed,
-            format!("process {name}: command not found: {program}"),
-        ),
-        (_, 1, 126) => failure(
-            Reason::StartFailed,
-            format!("process {name}: {program} cannot be executed"),
-        ),
-        ("timeout", _, _) => failure(
-            Reason::StartFailed,
+    let end = tracker.last_end.as_ref();
+    if is_out_of_memory(process, end) {
+        return out_of_memory(process);
+    }
+    let message = match end {
+        Some((_, 1, 127)) => format!("process {name}: command not found: {program}"),
+        Some((_, 1, 126)) => format!("process {name}: {program} cannot be executed"),
+        Some((result, _, _)) if result == "timeout" => {
             format!(
                 "process {name} did not say READY=1 in time: call sd_notify, or use type Simple"
-            ),
-        ),
-        _ => failure(
-            Reason::StartFailed,
-            format!("process {name} {} before it was ready", end_of(state)),
-        ),
+            )
+        }
+        _ if state.result == "timeout" => {
+            format!(
+                "process {name} did not say READY=1 in time: call sd_notify, or use type Simple"
+            )
+        }
+        end => format!("process {name} {} before it was ready", end_of(end)),
+    };
+    failure(Reason::StartFailed, message)
+}
+
+fn end_of(end: Option<&(String, i32, i32)>) -> String {
+    match end {
+        Some((_, 1, status)) => format!("ended with exit {status}"),
+        Some((_, _, signal)) => format!("was ended by signal {signal}"),
+        None => "ended".to_owned(),
     }
 }
 
-fn end_of(state: &UnitState) -> String {
-    match (state.exec_main_code, state.exec_main_status) {
-        (1, status) => format!("ended with exit {status}"),
-        (2 | 3, 9) => "was killed by signal 9 (for its memory, unless somebody did it)".to_owned(),
-        (2 | 3, signal) => format!("was ended by signal {signal}"),
-        _ if state.result == "success" || state.result.is_empty() => "ended".to_owned(),
-        _ => format!("ended ({})", state.result),
+/// Killed for its memory: systemd says so on cgroup v2; on v1 a SIGKILL is all there is, which a process
+/// with a limit most likely got for that.
+fn is_out_of_memory(process: &Process, end: Option<&(String, i32, i32)>) -> bool {
+    let has_limit = process
+        .resources
+        .as_ref()
+        .and_then(|resources| resources.limits.as_ref())
+        .is_some_and(|limits| limits.memory.is_some());
+    match end {
+        Some((result, _, _)) if result == "oom-kill" => true,
+        Some((_, 2 | 3, 9)) => has_limit,
+        Some(_) | None => false,
     }
+}
+
+fn out_of_memory(process: &Process) -> RecordedFailure {
+    failure(
+        Reason::ExceededMemory,
+        format!(
+            "process {} was killed, most likely for its memory: raise its resources.limits.memory",
+            process.name
+        ),
+    )
 }
 
 fn waiting(what: String, until: Option<Duration>) -> Health {
@@ -486,6 +512,36 @@ mod tests {
             let health = judged(&case, &mut Tracker::default());
             assert!(
                 matches!(reason(&health), Some((r, m)) if r == expected && m.contains(part)),
+                "{health:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_process_with_a_memory_limit_that_was_killed_exceeded_it() {
+        let limited = process(serde_json::json!({"resources": {"limits": {"memory": "64Mi"}}}));
+        let free = process(serde_json::json!({}));
+        for (process, expected) in [
+            (&limited, Reason::ExceededMemory),
+            (&free, Reason::StartFailed),
+        ] {
+            let state = UnitState {
+                active_state: ActiveState::Activating,
+                sub_state: "auto-restart".into(),
+                result: "signal".into(),
+                exec_main_code: 2,
+                exec_main_status: 9,
+                ..running()
+            };
+            let case = Case {
+                process,
+                state,
+                listeners: vec![],
+                now: 12,
+            };
+            let health = judged(&case, &mut Tracker::default());
+            assert!(
+                matches!(reason(&health), Some((r, _)) if r == expected),
                 "{health:?}"
             );
         }

@@ -159,14 +159,17 @@ impl Node {
         }
     }
 
-    /// The app wants no build slot any more; those who wait look again.
+    /// The app wants no build slot any more.
     pub fn withdraw(&self, app: &AppName) {
-        let next = {
-            let mut slots = lock(&self.slots);
-            slots.withdraw(app);
-            slots.order()
-        };
-        for app in next {
+        if lock(&self.slots).withdraw(app) {
+            self.wake_waiting();
+        }
+    }
+
+    /// Those who wait for a build slot look again: one may be free.
+    pub fn wake_waiting(&self) {
+        let waiting = lock(&self.slots).order();
+        for app in waiting {
             self.trigger.wake(app);
         }
     }

@@ -16,7 +16,7 @@ use super::host::records::{AppliedRecord, AttemptRecord, ProcessRecord, Recorded
 use super::host::store::{AppFolder, DiskReserve, StoreError};
 use super::host::systemd::{ActiveState, SystemdError, UnitState};
 use super::host::unit::{self, OwnUnit};
-use super::memory::{InForce, Memory};
+use super::memory::Memory;
 use super::node::{Node, lock, monotonic};
 use super::view::{
     Activity, BuildView, DrainView, FileView, Health, HostView, Observed, ServiceView, SlotView,
@@ -24,9 +24,6 @@ use super::view::{
 };
 use crate::api::deployment::Process;
 use crate::api::names::{AppName, ReleaseId};
-
-/// How often what is in force is measured again though nothing says that it changed.
-const KEEP_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Between two checks of a process whose release is committed, at least.
 const COMMITTED_PROBE_INTERVAL: Duration = Duration::from_secs(10);
@@ -58,7 +55,6 @@ pub async fn observe(node: &Arc<Node>, app: &AppName) -> Result<Observed, Observ
     let applied = folder.read_applied()?;
     let now = monotonic();
 
-    keep_measuring(node, &memory, now).await;
     let builds = builds(node, app, &memory).await?;
     let services = services(node, app, &memory, attempt.as_ref(), applied.as_ref()).await?;
     let target = unit::target_name(app);
@@ -70,7 +66,16 @@ pub async fn observe(node: &Arc<Node>, app: &AppName) -> Result<Observed, Observ
     let trying = attempt.as_ref().filter(|attempt| attempt.outcome.is_none());
     let needs_tree = trying.filter(|attempt| !folder.has_build(&attempt.build_key));
     let source = source(node, app, &memory, needs_tree);
-    let slot = slot(node, app, &builds, needs_tree, source.as_ref()).await?;
+    let disk_pressure = match needs_tree {
+        Some(_) => node.store.disk()?.shortage(&DiskReserve::DEFAULT),
+        None => None,
+    };
+    let is_held_up = lock(&memory)
+        .held_up
+        .as_ref()
+        .is_some_and(|held_up| now < held_up.until);
+    let may_build = needs_tree.filter(|_| disk_pressure.is_none() && !is_held_up);
+    let slot = slot(node, app, &builds, may_build, source.as_ref()).await?;
     let conflicts = match trying {
         Some(attempt) if needs_tree.is_none() && attempt.processes.is_empty() => {
             node.claim(app, &hosts_of(attempt), &node.proxy.hosts()?)
@@ -106,10 +111,7 @@ pub async fn observe(node: &Arc<Node>, app: &AppName) -> Result<Observed, Observ
         },
         drain,
         conflicts,
-        disk_pressure: match needs_tree {
-            Some(_) => node.store.disk()?.shortage(&DiskReserve::DEFAULT),
-            None => None,
-        },
+        disk_pressure,
         has_files: folder.path().exists(),
     };
     Ok(Observed {
@@ -157,26 +159,6 @@ fn hosts_of(attempt: &AttemptRecord) -> Vec<HostName> {
         .flat_map(|route| &route.hosts)
         .filter_map(|host| HostName::parse(host).ok())
         .collect()
-}
-
-/// What is in force is measured again every now and then; what is not found so is not known.
-async fn keep_measuring(node: &Node, memory: &Mutex<Memory>, now: Duration) {
-    let due = lock(memory)
-        .in_force
-        .as_ref()
-        .filter(|f| now >= f.measured + KEEP_INTERVAL)
-        .map(|f| f.host.clone());
-    let Some(host) = due else { return };
-    let measured = node.proxy.measure(&host).await;
-    let mut memory = lock(memory);
-    match measured {
-        Ok(()) => {
-            if let Some(InForce { measured, .. }) = &mut memory.in_force {
-                *measured = now;
-            }
-        }
-        Err(_) => memory.in_force = None,
-    }
 }
 
 async fn drain(node: &Node, memory: &Mutex<Memory>, now: Duration) -> DrainView {
@@ -296,6 +278,8 @@ async fn slot(
         && builds.is_empty()
         && source == Some(&SourceView::Ready);
     if !next_is_build {
+        // Who cannot build holds no place.
+        node.withdraw(app);
         return Ok(SlotView::Unasked);
     }
     let running: BTreeSet<AppName> = node

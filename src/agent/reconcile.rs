@@ -5,11 +5,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use kube::Api;
 use kube::api::{Patch, PatchParams};
+use kube::{Api, Resource};
 
 use super::apply::{Halt, StepError, apply};
 use super::collect::collect;
+use super::host::proxy::DRAIN_LIMIT;
 use super::host::store::StoreError;
 use super::node::{Node, lock, monotonic};
 use super::observe::{ObserveError, observe};
@@ -18,6 +19,7 @@ use super::status::{is_terminal, status};
 use super::view::Observed;
 use crate::api::names::{AppName, release_name};
 use crate::api::{GROUP, Release, ReleaseStatus, VERSION};
+use crate::runtime::error_chain;
 use crate::runtime::supervise::{Action, ReconcileError, Retry};
 
 /// Rounds of observing and doing in one run; a whole release takes a dozen, in several runs.
@@ -71,12 +73,16 @@ pub async fn reconcile(
     reports: crate::runtime::supervise::Trigger<AppName>,
     app: AppName,
 ) -> Result<Action, AppError> {
+    keep_traffic(&node, &app).await;
     let mut halted = None;
     for _ in 0..ROUNDS {
         let observed = observe(&node, &app).await?;
         let plan = plan(&observed);
         note_drift(&node, &observed, &plan);
-        report(&node, &reports, &observed, &plan);
+        // What is being put right this very moment is told when that is done, or cannot be.
+        if plan.steps.is_empty() || plan.progress != Progress::Idle || halted.is_some() {
+            report(&node, &reports, &observed, &plan);
+        }
         if let Some(error) = halted {
             return ended_by(error, &node, &observed, &plan);
         }
@@ -91,6 +97,36 @@ pub async fn reconcile(
     Ok(Action::After(Duration::from_millis(100)))
 }
 
+/// What is in force is published again every now and then, which measures it, and puts right what somebody
+/// changed. What cannot be found so is not known to be in force any more.
+async fn keep_traffic(node: &Node, app: &AppName) {
+    let memory = node.memory(app);
+    let now = monotonic();
+    let due = lock(&memory)
+        .in_force
+        .as_ref()
+        .filter(|in_force| now >= in_force.measured + RESYNC)
+        .map(|in_force| in_force.host.clone());
+    let Some(host) = due else { return };
+    let published = node.proxy.publish(&host).await;
+    let mut memory = lock(&memory);
+    match published {
+        Ok(old) => {
+            if let Some(in_force) = &mut memory.in_force {
+                in_force.measured = now;
+            }
+            if !old.is_empty() {
+                memory.drift = Some((format!("the proxy did not serve {app} as configured"), now));
+                memory.begin_drain(old, now + DRAIN_LIMIT);
+            }
+        }
+        Err(error) => {
+            tracing::warn!(%app, "the virtual host is not in force: {}", error_chain(&error));
+            memory.in_force = None;
+        }
+    }
+}
+
 /// A step failed for its surroundings. What holds the attempt up has a wait of its own, which another wish
 /// ends; anything else is the supervisor's to space.
 fn ended_by(
@@ -101,7 +137,7 @@ fn ended_by(
 ) -> Result<Action, AppError> {
     match (plan.wake, plan.steps.is_empty()) {
         (Some(wake), true) => {
-            tracing::warn!(app = %observed.app, "held up: {}", crate::runtime::error_chain(&error));
+            tracing::warn!(app = %observed.app, "held up: {}", error_chain(&error));
             let _ = node;
             Ok(Action::After(wake.saturating_sub(monotonic()).min(RESYNC)))
         }
@@ -169,12 +205,7 @@ fn report(
     let Some(release) = node.release(&observed.app) else {
         return;
     };
-    let generation = release
-        .0
-        .as_ref()
-        .ok()
-        .and_then(|release| release.metadata.generation)
-        .unwrap_or_default();
+    let generation = release.meta().generation.unwrap_or_default();
     let memory = node.memory(&observed.app);
     let mut memory = lock(&memory);
     let stands = release

@@ -64,12 +64,16 @@ impl Slots {
     }
 
     /// The app wants no slot any more, or has not used the one it was given.
-    pub fn withdraw(&mut self, app: &AppName) {
-        self.given.remove(app);
+    /// Whether it had one or waited.
+    pub fn withdraw(&mut self, app: &AppName) -> bool {
+        let mut changed = self.given.remove(app);
         for (_, apps) in &mut self.waiting {
+            let before = apps.len();
             apps.retain(|waiting| waiting != app);
+            changed |= apps.len() != before;
         }
         self.waiting.retain(|(_, apps)| !apps.is_empty());
+        changed
     }
 
     /// All who wait, in the order in which they will be served.

@@ -3,6 +3,7 @@
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
+use super::host::proxy::{RouteTarget, VirtualHost};
 use super::host::records::{Outcome, RecordedFailure};
 use super::host::store::LOG_TAIL_BYTES;
 use super::plan::{Plan, Progress, committed, committed_virtual_host};
@@ -212,8 +213,8 @@ fn trouble(observed: &Observed) -> Option<RecordedFailure> {
         .virtual_host
         .in_force
         .as_ref()
-        .map(|(host, _)| host);
-    if !is_switching && in_force != committed_virtual_host(observed).as_ref() {
+        .map(|(host, _)| without_backup(host));
+    if !is_switching && in_force != committed_virtual_host(observed) {
         if let Some(held_up) = &observed.held_up {
             return Some(held_up.failure.clone());
         }
@@ -223,6 +224,17 @@ fn trouble(observed: &Observed) -> Option<RecordedFailure> {
         );
     }
     None
+}
+
+/// Until the old processes are drained the old port backs the new one up, which serves all the same.
+fn without_backup(host: &VirtualHost) -> VirtualHost {
+    let mut host = host.clone();
+    for route in &mut host.routes {
+        if let RouteTarget::Port { backup, .. } = &mut route.target {
+            *backup = None;
+        }
+    }
+    host
 }
 
 fn attempt(

@@ -221,7 +221,7 @@ fn verdict(facts: &Facts<'_>) -> Verdict {
         return stalled(
             reason.parse().unwrap_or(Reason::StartFailed),
             format!(
-                "{revision} failed on {node}: {}. No further node is started, and nodes keep what they serve; push a fix, change the spec, or set the annotation kari.dev/retry to a new value",
+                "{revision} failed on {node} ({reason}): {}. No further node is started, and nodes keep what they serve; push a fix, change the spec, or set the annotation kari.dev/retry to a new value",
                 message.trim_end_matches('.')
             ),
         );

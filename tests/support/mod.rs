@@ -37,6 +37,9 @@ pub const LIMIT: Duration = Duration::from_secs(60);
 /// Between two looks at a thing that is waited for.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// Lines of the controller's log that a test which failed shows.
+const LOG_LINES: usize = 20;
+
 static TESTBED: OnceCell<Testbed> = OnceCell::const_new();
 
 /// The binary's testbed with `nodes` nodes and all of Kari; every call of one binary asks for as many.
@@ -171,7 +174,19 @@ impl Space {
                 return Ok(deployment);
             }
             let releases = api_releases(&self.releases()).await;
-            Err(format!("{}\n{releases}", text_of(&deployment.status)))
+            let log = self
+                .testbed
+                .logs(testbed::Part::Controller)
+                .unwrap_or_else(|e| e.to_string());
+            let log: Vec<_> = log
+                .lines()
+                .filter(|line| line.contains(&self.namespace))
+                .collect();
+            let log = log[log.len().saturating_sub(LOG_LINES)..].join("\n");
+            Err(format!(
+                "{}\n{releases}\n{log}",
+                text_of(&deployment.status)
+            ))
         })
         .await
     }

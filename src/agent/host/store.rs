@@ -183,11 +183,16 @@ impl Store {
         let trash = rustix::fs::open(&path, flags, Mode::empty()).map_err(wrong)?;
         loop {
             let names = durable::names_of(&trash).map_err(wrong)?;
-            if names.is_empty() {
-                return Ok(());
-            }
-            for name in names {
-                self.delete_flat(&trash, &name).map_err(wrong)?;
+            let tried = names.len();
+            let failures: Vec<Errno> = names
+                .iter()
+                .filter_map(|name| self.delete_flat(&trash, name).err())
+                .collect();
+            match failures.first() {
+                None if tried == 0 => return Ok(()),
+                // What cannot be deleted holds nothing else up.
+                Some(errno) if failures.len() == tried => return Err(wrong(*errno)),
+                None | Some(_) => {}
             }
         }
     }

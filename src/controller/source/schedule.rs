@@ -109,7 +109,6 @@ impl<Key: Clone + Eq + Hash> Schedule<Key> {
         let old_url = before
             .map(|b| b.interest.url.clone())
             .filter(|url| *url != interest.url);
-        let first_of_key = before.is_none();
         let requested = interest.request.is_some()
             && interest.request != answered
             && before.is_none_or(|b| b.interest.request != interest.request);
@@ -132,10 +131,8 @@ impl<Key: Clone + Eq + Hash> Schedule<Key> {
             let unasked = !interest.known
                 && !url.asked.contains(&interest.reference)
                 && !url.asking.contains(&interest.reference);
-            let due = if requested || (unasked && url.began.is_some()) {
+            let due = if requested || unasked {
                 url.began.map_or(now, |began| (began + LEAST_GAP).max(now))
-            } else if unasked && first_of_key {
-                now
             } else {
                 url.due.min(now + interest.interval)
             };
@@ -401,6 +398,23 @@ mod tests {
         let (_, hastened) = schedule.want(&2, interest("s"), seconds(3), MIDDLE);
         assert!(hastened);
         assert_eq!(schedule.next_due(), Some(seconds(3)));
+    }
+
+    #[test]
+    fn another_reference_is_looked_up_at_once() {
+        let mut schedule = Schedule::<u64>::default();
+        let known = Interest {
+            known: true,
+            ..interest("r")
+        };
+        schedule.want(&1, known, seconds(0), 0.9);
+        assert_eq!(schedule.next_due(), Some(seconds(54)));
+        schedule.want(&1, interest("s"), seconds(3), MIDDLE);
+        assert_eq!(schedule.next_due(), Some(seconds(3)));
+        schedule.start(seconds(3), 8);
+        schedule.answer("u", found('a'), seconds(4), MIDDLE);
+        schedule.want(&1, interest("r"), seconds(9), MIDDLE);
+        assert_eq!(schedule.next_due(), Some(seconds(9)));
     }
 
     #[test]

@@ -512,7 +512,7 @@ async fn many_publishes_at_once_share_a_few_reloads() {
     in_node!();
     let node = &Node::new().await;
     let _app = App::start("many", 21003).await;
-    let before = workers_started();
+    let before = reloads();
     let start = Instant::now();
     let mut tasks = tokio::task::JoinSet::new();
     for at in 0..50 {
@@ -536,7 +536,7 @@ async fn many_publishes_at_once_share_a_few_reloads() {
     println!(
         "  50 apps published in {} ms, {} reloads",
         start.elapsed().as_millis(),
-        workers_started() - before
+        reloads() - before
     );
     assert!(ask("127.0.0.1", "app49.test", "GET /").ends_with("many"));
     let hosts = node.proxy.hosts().unwrap();
@@ -544,11 +544,11 @@ async fn many_publishes_at_once_share_a_few_reloads() {
         (0..50).all(|at| hosts.contains_key(&AppName::parse(&format!("many.app{at}")).unwrap())),
         "{hosts:?}"
     );
-    assert!(workers_started() - before <= 5);
+    assert!(reloads() - before <= 5);
 }
 
 /// Reloads so far, by what systemd logged.
-fn workers_started() -> usize {
+fn reloads() -> usize {
     run(&format!(
         "journalctl -u {UNIT} -o cat | grep -c '^Reloaded' || true"
     ))

@@ -253,8 +253,10 @@ async fn the_proxy_comes_up_and_refuses_hosts_that_nobody_has() {
     let start = Instant::now();
     node.proxy.ensure().await.unwrap();
     println!("  up in {} ms", start.elapsed().as_millis());
+    let before = reloads();
     let start = Instant::now();
     node.proxy.ensure().await.unwrap();
+    assert_eq!(reloads(), before, "a look changes nothing");
     println!("  looked at again in {} ms", start.elapsed().as_millis());
     let answer = ask("127.0.0.1", "nobody.test", "GET /");
     assert!(answer.starts_with("HTTP/1.1 421 "), "{answer}");

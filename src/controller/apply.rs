@@ -52,6 +52,7 @@ pub enum Refused {
 
 /// Sorts what the API server answers.
 pub fn refused(error: kube::Error) -> Refused {
+    tracing::debug!("a write was refused: {error}");
     if let kube::Error::Api(status) = &error {
         // 422 for an Apply with another uid: the object of that name is a new one.
         let other_uid = status.code == 422 && status.message.contains("uid");

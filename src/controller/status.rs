@@ -339,7 +339,21 @@ fn rolling(facts: &Facts<'_>, served: &str) -> Verdict {
         reconciling: true,
         stalled: false,
         reason,
-        message: format!("{served}{}{more}", changing(facts)),
+        message: format!("{served}{}{}{more}", changing(facts), in_the_way(facts)),
+    }
+}
+
+/// Nodes on which what was there before has to be taken away first.
+fn in_the_way(facts: &Facts<'_>) -> String {
+    let names: Vec<_> = facts
+        .participants()
+        .filter(|node| node.name_taken || node.release.as_ref().is_some_and(|r| r.deleting))
+        .map(|node| node.name.to_string())
+        .collect();
+    if names.is_empty() {
+        String::new()
+    } else {
+        format!("; on {} an earlier Release has yet to go", listed(&names))
     }
 }
 

@@ -4,6 +4,7 @@
 //! In reading order: `api` is the contract, `runtime` what both sides need
 //! besides kube-rs, `controller` the cluster side.
 
+pub mod agent;
 pub mod api;
 pub mod arguments;
 pub mod controller;

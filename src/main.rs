@@ -4,9 +4,10 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
-use kari::arguments::{Arguments, Command};
+use kari::api::names::NodeName;
+use kari::arguments::{AgentArguments, Arguments, Command, ControllerArguments};
 use kari::runtime::{client, error_chain, shutdown};
-use kari::{api, controller, telemetry};
+use kari::{agent, api, controller, telemetry};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -24,7 +25,10 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
     if let Command::Crd = arguments.command {
         return print_definitions();
     }
-    let filter = std::env::var("RUST_LOG").unwrap_or(arguments.log_level);
+    let filter = std::env::var("RUST_LOG")
+        .ok()
+        .filter(|filter| !filter.is_empty())
+        .unwrap_or(arguments.log_level);
     telemetry::init(arguments.log_format, &filter)?;
     // TLS libraries choose a provider by what happens to be compiled in and
     // panic when that is ambiguous. An error means that one is installed.
@@ -37,21 +41,57 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         match arguments.command {
             Command::Crd => Ok(()),
             Command::Controller(arguments) => {
-                let config = controller::Config {
-                    client: client::infer().await?,
-                    namespace: arguments.namespace,
-                    listen: arguments.listen,
-                    insecure_source_schemes: arguments.insecure_source_schemes,
-                    source_slots: arguments.source_slots.get().into(),
-                };
-                Ok(controller::run(config, shutdown).await?)
+                let client = client::infer().await?;
+                Ok(controller::run(controller_config(arguments, client), shutdown).await?)
             }
-            Command::Agent(_) => {
-                shutdown.cancel();
-                Err("this build has no agent".into())
+            Command::Agent(arguments) => {
+                let client = client::infer().await?;
+                Ok(agent::run(agent_config(arguments, client), shutdown).await?)
             }
         }
     })
+}
+
+fn controller_config(arguments: ControllerArguments, client: kube::Config) -> controller::Config {
+    let ControllerArguments {
+        namespace,
+        listen,
+        insecure_source_schemes,
+        source_slots,
+    } = arguments;
+    controller::Config {
+        client,
+        namespace,
+        listen,
+        insecure_source_schemes,
+        source_slots: source_slots.get().into(),
+    }
+}
+
+fn agent_config(arguments: AgentArguments, client: kube::Config) -> agent::Config {
+    let AgentArguments {
+        node_name,
+        namespace,
+        tool_path,
+        http_port,
+        listen,
+        fetch_slots,
+        build_slots,
+        uid_range,
+        port_range,
+    } = arguments;
+    agent::Config {
+        client,
+        node_name: NodeName::new(node_name),
+        namespace,
+        tool_path: tool_path.to_string(),
+        http_port: http_port.get(),
+        listen,
+        fetch_slots: usize::from(fetch_slots.get()),
+        build_slots: usize::from(build_slots.get()),
+        uid_range: uid_range.first..=uid_range.last,
+        port_range: port_range.first..=port_range.last,
+    }
 }
 
 fn print_definitions() -> Result<(), Failure> {

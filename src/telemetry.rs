@@ -6,7 +6,6 @@ use std::sync::Arc;
 use prometheus_client::registry::Registry;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
-use tracing_subscriber::fmt::format::FmtSpan;
 
 use crate::runtime::client::ApiMetrics;
 use crate::runtime::streams::StreamMetrics;
@@ -58,8 +57,7 @@ pub fn init(format: LogFormat, filter: &str) -> Result<(), TelemetryError> {
         })?;
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(env_filter)
-        .with_writer(io::stderr)
-        .with_span_events(FmtSpan::NONE);
+        .with_writer(io::stderr);
     match format {
         LogFormat::Text => subscriber
             .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))

@@ -48,6 +48,7 @@ pub fn definitions_as_yaml() -> Result<Vec<(String, String)>, DefinitionError> {
 fn mend(definition: CustomResourceDefinition) -> Result<CustomResourceDefinition, DefinitionError> {
     let mut value = serde_json::to_value(definition)?;
     strip_nullable(&mut value);
+    replace_formats(&mut value);
     let is_release = value.pointer("/spec/names/kind") == Some(&Value::from("Release"));
     if let Some(versions) = value
         .pointer_mut("/spec/versions")
@@ -86,6 +87,25 @@ fn strip_nullable(value: &mut Value) {
             map.values_mut().for_each(strip_nullable);
         }
         Value::Array(items) => items.iter_mut().for_each(strip_nullable),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+/// Writes unsigned formats, which OpenAPI does not have, as the signed one that holds their range.
+fn replace_formats(value: &mut Value) {
+    match value {
+        Value::Object(map) => {
+            let signed = match map.get("format").and_then(Value::as_str) {
+                Some("uint16") => Some("int32"),
+                Some("uint32" | "uint64") => Some("int64"),
+                _ => None,
+            };
+            if let Some(signed) = signed {
+                map.insert("format".to_owned(), Value::from(signed));
+            }
+            map.values_mut().for_each(replace_formats);
+        }
+        Value::Array(items) => items.iter_mut().for_each(replace_formats),
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
     }
 }

@@ -3,6 +3,11 @@
 //! The user writes the spec, the controller the status. Doc comments of the
 //! fields are what `kubectl explain kd` shows.
 
+#![allow(
+    clippy::duplicated_attributes,
+    reason = "kube's printcolumn attributes name the same keys once for each column"
+)]
+
 use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;

@@ -4,6 +4,11 @@
 //! for the condition `Reachable`. Because a Release *is* app × node, kube's rule
 //! of one reconcile per object is the lock of an app.
 
+#![allow(
+    clippy::duplicated_attributes,
+    reason = "kube's printcolumn attributes name the same keys once for each column"
+)]
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;

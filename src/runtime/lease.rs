@@ -29,6 +29,9 @@ use super::error_chain;
 /// How long one call may take while there is nothing to lose by waiting.
 const CALL: Duration = Duration::from_secs(5);
 
+/// How many writes one renewal tries when the record has changed meanwhile.
+const WRITES_PER_RENEWAL: u32 = 2;
+
 /// What a released lease says: nobody need wait for it.
 const RELEASED_SECONDS: i32 = 1;
 
@@ -217,6 +220,7 @@ impl Candidate {
                 () = tokio::time::sleep_until(wake) => {}
             }
             let ends = held.tenure.ends();
+            let sent = self.now();
             let renewal = tokio::time::timeout_at(self.epoch + ends, self.renew_once(held)).await;
             held = match renewal {
                 Ok(Renewal::Renewed(held)) => held,
@@ -240,42 +244,42 @@ impl Candidate {
                     return;
                 }
             };
-            next = self.now() + TIMING.retry;
+            // From when it was sent: what hung has waited long enough.
+            next = sent + TIMING.retry;
         }
     }
 
     async fn renew_once(&self, held: Held) -> Renewal {
-        let Held { lease, mut tenure } = held;
-        let sent = self.now();
-        let claimed = self.claim(lease.clone());
-        match bounded(
-            self.api
-                .replace(&self.name, &PostParams::default(), &claimed),
-        )
-        .await
-        {
-            Ok(lease) => {
-                tenure.renewed(sent);
-                return Renewal::Renewed(Held { lease, tenure });
+        let Held {
+            mut lease,
+            mut tenure,
+        } = held;
+        for _ in 0..WRITES_PER_RENEWAL {
+            let sent = self.now();
+            let claimed = self.claim(lease.clone());
+            let parameters = PostParams::default();
+            let write = self.api.replace(&self.name, &parameters, &claimed);
+            match bounded(write).await {
+                Ok(lease) => {
+                    tenure.renewed(sent);
+                    return Renewal::Renewed(Held { lease, tenure });
+                }
+                Err(error) if error.is_conflict() => {}
+                Err(error) => return Renewal::Failed(Held { lease, tenure }, error_chain(&error)),
             }
-            Err(error) if error.is_conflict() => {}
-            Err(error) => return Renewal::Failed(Held { lease, tenure }, error_chain(&error)),
-        }
-        // Either somebody took it, or a renewal of ours whose answer was lost
-        // took effect.
-        match bounded(self.api.get_opt(&self.name)).await {
-            Ok(Some(current)) if holder(&current) == self.identity => Renewal::Failed(
-                Held {
-                    lease: current,
-                    tenure,
-                },
-                "the record had changed; it is still ours".to_owned(),
-            ),
-            Ok(current) => {
-                Renewal::TakenBy(current.as_ref().map(holder).unwrap_or_default().to_owned())
+            // Either somebody took it, or a renewal of ours whose answer was
+            // lost took effect, and the next write starts from there.
+            match bounded(self.api.get_opt(&self.name)).await {
+                Ok(Some(current)) if holder(&current) == self.identity => lease = current,
+                Ok(current) => {
+                    let holder = current.as_ref().map(holder).unwrap_or_default();
+                    return Renewal::TakenBy(holder.to_owned());
+                }
+                Err(error) => return Renewal::Failed(Held { lease, tenure }, error_chain(&error)),
             }
-            Err(error) => Renewal::Failed(Held { lease, tenure }, error_chain(&error)),
         }
+        let message = "its record changes each time, though it stays ours".to_owned();
+        Renewal::Failed(Held { lease, tenure }, message)
     }
 
     async fn release(&self, mut lease: Lease) {

@@ -1,0 +1,64 @@
+# `make help` lists the targets: those with a comment after ##.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# The project's own scripts, wherever they are: tracked, and shell by their first line.
+shell_files = $(shell git grep -lIE '^\#!/(bin|usr/bin/env) ?(bash|sh|/bash|/sh)' -- ':!*.md')
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+.PHONY: demo
+demo: build ## a control plane and three nodes here, a deployment, a second commit; until Ctrl-C (HOLD=0: ends by itself)
+	@hack/demo.sh
+
+.PHONY: test
+test: build ## every test, on a real control plane and real systemd nodes (as root)
+	cargo test --workspace --locked
+
+.PHONY: check
+check: check-rust check-dependencies check-scripts check-generated ## formatting, lints, licences, generated files; what CI runs before the tests
+
+.PHONY: check-long
+check-long: build ## what is too long for `make test`, or needs a package registry: third-party servers, 20 testbeds in a row
+	hack/third-party.sh
+	hack/up-down.sh
+
+.PHONY: build
+build: prerequisites ## the programs and the testbed, for development
+	cargo build --workspace --locked
+
+.PHONY: generate
+generate: prerequisites ## write crds/ and docs/api.md anew from the Rust types
+	KARI_WRITE_GENERATED=1 cargo test --quiet --locked --test generated
+
+.PHONY: clean
+clean: ## remove what was built here; caches in the user's cache folder stay
+	cargo clean
+
+.PHONY: prerequisites
+prerequisites: ## install what Debian or Ubuntu package, or say what is missing
+	@hack/prerequisites.sh
+
+.PHONY: check-rust
+check-rust: prerequisites
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+.PHONY: check-dependencies
+check-dependencies: prerequisites
+	hack/cargo-deny.sh --locked check bans licenses sources
+
+.PHONY: check-scripts
+check-scripts: prerequisites
+	shellcheck --external-sources $(shell_files)
+	yamllint --strict $$(git ls-files '*.yaml' '*.yml' .yamllint)
+
+.PHONY: check-generated
+check-generated: generate
+	@git diff --exit-code -- crds docs/api.md || \
+	  { echo "crds/ and docs/api.md are older than the Rust types: commit what \`make generate\` wrote." >&2; exit 1; }

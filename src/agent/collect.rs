@@ -1,0 +1,187 @@
+//! What of an app's folder nothing refers to any more. Pure but for the last
+//! step, which moves it to the trash.
+
+use std::collections::BTreeSet;
+
+use super::host::records::{AppliedRecord, AttemptRecord, EnvDigest, ReleaseRecord};
+use super::host::store::{AppFolder, References, StoreError, garbage};
+use super::host::unit;
+
+/// What is in use: by what is committed, by what is tried, and by what can be gone back to.
+pub fn references(
+    applied: Option<&AppliedRecord>,
+    attempt: Option<&AttemptRecord>,
+    releases: &[ReleaseRecord],
+) -> References {
+    let mut references = References::default();
+    let committed = applied.and_then(|applied| applied.release.as_ref());
+    if let Some(release) = committed {
+        references.builds.insert(release.build_key.clone());
+        references.releases.insert(release.revision.clone());
+        references.logs.insert(release.release_id);
+        references.env.extend(
+            release
+                .processes
+                .iter()
+                .map(|process| process.env_digest.clone()),
+        );
+    }
+    let (mut keep, mut retained) = (0, BTreeSet::new());
+    if let Some(attempt) = attempt {
+        keep = attempt.wish.template.keep_releases;
+        retained.extend(&attempt.wish.retain);
+        references.logs.insert(attempt.wish.release_id);
+        references.env.extend(
+            attempt
+                .processes
+                .iter()
+                .map(|process| process.env_digest.clone()),
+        );
+        if attempt.outcome.is_none() {
+            references.builds.insert(attempt.build_key.clone());
+            references
+                .stages
+                .insert((attempt.build_key.clone(), attempt.build_try));
+            let build = attempt
+                .wish
+                .template
+                .build
+                .as_ref()
+                .and_then(|build| unit::build_environment(build).ok());
+            references
+                .env
+                .extend(build.map(|content| EnvDigest::of(&content)));
+        }
+    }
+    // `releases` has the newest first; the running one is kept besides.
+    let mut others = 0;
+    for release in releases {
+        let is_running = committed.is_some_and(|committed| committed.revision == release.revision);
+        if is_running || retained.contains(&release.revision) || others < keep {
+            references.builds.insert(release.build_key.clone());
+            references.releases.insert(release.revision.clone());
+        }
+        if !is_running {
+            others += 1;
+        }
+    }
+    references
+}
+
+/// Moves what nothing refers to into the trash. How many things that were.
+pub fn collect(folder: &AppFolder) -> Result<usize, StoreError> {
+    let applied = folder.read_applied()?;
+    let attempt = folder.read_attempt()?;
+    let references = references(applied.as_ref(), attempt.as_ref(), &folder.releases()?);
+    let garbage = garbage(&folder.contents()?, &references);
+    for path in &garbage {
+        folder.store().trash(&folder.path().join(path))?;
+    }
+    Ok(garbage.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::host::records::{AppliedRelease, BuildKey, Outcome, RECORD_VERSION};
+    use crate::agent::plan::simulation::{draft, wish};
+    use crate::api::names::RevisionName;
+    use jiff::Timestamp;
+
+    fn key(number: u8) -> BuildKey {
+        BuildKey::of(&[number])
+    }
+
+    fn release(number: u8) -> ReleaseRecord {
+        let wish = wish(draft(number));
+        ReleaseRecord {
+            version: RECORD_VERSION,
+            revision: wish.revision,
+            commit: wish.commit,
+            template: wish.template,
+            build_key: key(number),
+            committed_at: Timestamp::from_second(i64::from(number)).unwrap(),
+        }
+    }
+
+    fn applied(number: u8) -> AppliedRecord {
+        let wish = wish(draft(number));
+        AppliedRecord {
+            version: RECORD_VERSION,
+            app: wish.app.clone(),
+            deployment_uid: None,
+            release: Some(AppliedRelease {
+                release_id: wish.release_id,
+                revision: wish.revision,
+                commit: wish.commit,
+                template: wish.template,
+                build_key: key(number),
+                processes: vec![],
+                available_since: Timestamp::UNIX_EPOCH,
+            }),
+            removing: None,
+        }
+    }
+
+    fn attempt(number: u8, outcome: Option<Outcome>, retain: &[u8]) -> AttemptRecord {
+        let mut wish = wish(draft(number));
+        wish.retain = retain
+            .iter()
+            .map(|n| RevisionName::new(format!("shop-{n}")))
+            .collect();
+        AttemptRecord {
+            version: RECORD_VERSION,
+            wish,
+            build_key: key(number),
+            build_try: 0,
+            build_result: None,
+            processes: vec![],
+            switching: false,
+            outcome,
+        }
+    }
+
+    #[test]
+    fn the_running_build_the_newest_others_and_the_retained_ones_are_kept() {
+        let releases: Vec<_> = [9, 8, 7, 6, 5, 4].map(release).into_iter().collect();
+        let committed = Outcome::Committed {
+            at: Timestamp::UNIX_EPOCH,
+        };
+        let references = references(
+            Some(&applied(9)),
+            Some(&attempt(9, Some(committed), &[4])),
+            &releases,
+        );
+        assert_eq!(
+            references.builds,
+            [9, 8, 7, 4].map(key).into_iter().collect()
+        );
+        assert!(references.stages.is_empty());
+    }
+
+    #[test]
+    fn going_back_keeps_what_was_gone_back_from() {
+        let releases: Vec<_> = [9, 8, 7, 6].map(release).into_iter().collect();
+        let committed = Outcome::Committed {
+            at: Timestamp::UNIX_EPOCH,
+        };
+        let references = references(
+            Some(&applied(7)),
+            Some(&attempt(7, Some(committed), &[])),
+            &releases,
+        );
+        assert_eq!(references.builds, [9, 8, 7].map(key).into_iter().collect());
+    }
+
+    #[test]
+    fn an_attempt_keeps_its_stage_while_it_goes_on_and_not_after_it_failed() {
+        let going = references(None, Some(&attempt(2, None, &[])), &[]);
+        assert_eq!(going.stages, [(key(2), 0)].into_iter().collect());
+        let failed = Outcome::Superseded {
+            at: Timestamp::UNIX_EPOCH,
+            undone: true,
+        };
+        let ended = references(None, Some(&attempt(2, Some(failed), &[])), &[]);
+        assert!(ended.stages.is_empty() && ended.builds.is_empty());
+    }
+}

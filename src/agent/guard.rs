@@ -1,0 +1,166 @@
+//! What looks after the node as a whole: its proxy, its disk while builds run,
+//! its trash, and what its Lease says of it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch as latest;
+use tracing::{info, warn};
+
+use super::host::records::RecordedFailure;
+use super::host::store::{DiskReserve, LOG_LIMIT_BYTES};
+use super::host::systemd::{ActiveState, UnitState};
+use super::host::unit::{self, OwnUnit};
+use super::node::Node;
+use super::{held_apps, note_killed};
+use crate::agent::apply::BUILD_STEP;
+use crate::api::names::{AppName, ReleaseId};
+use crate::api::reasons::Reason;
+use crate::runtime::error_chain;
+
+/// Between two looks at the disk while builds run: a build can write a gigabyte in a second.
+const DISK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Between two looks whether builds run.
+const IDLE_INTERVAL: Duration = Duration::from_secs(3);
+
+/// SIGKILL.
+const SIGKILL: i32 = 9;
+
+/// Keeps the proxy up, and the Lease's annotations true.
+pub async fn keep_node(
+    node: Arc<Node>,
+    annotate: latest::Sender<BTreeMap<String, String>>,
+    systemd_version: String,
+    interval: Duration,
+) {
+    loop {
+        let proxy = match node.proxy.ensure().await {
+            Ok(()) => "ready".to_owned(),
+            Err(error) => {
+                let message = error_chain(&error);
+                warn!("the proxy is not up: {message}");
+                message
+            }
+        };
+        let limits: Vec<String> = node
+            .limits
+            .by_name()
+            .iter()
+            .map(|(name, proven)| format!("{name}={proven}"))
+            .collect();
+        let annotations = BTreeMap::from([
+            (
+                "kari.dev/version".to_owned(),
+                env!("CARGO_PKG_VERSION").to_owned(),
+            ),
+            ("kari.dev/systemd".to_owned(), systemd_version.clone()),
+            ("kari.dev/proxy".to_owned(), proxy),
+            ("kari.dev/limits".to_owned(), limits.join(",")),
+            ("kari.dev/held-apps".to_owned(), held_apps(&node).join(",")),
+        ]);
+        annotate.send_if_modified(|told| {
+            let differs = *told != annotations;
+            if differs {
+                *told = annotations;
+            }
+            differs
+        });
+        tokio::time::sleep(interval).await;
+    }
+}
+
+/// Deletes what lies in the trash, in a thread of its own.
+pub async fn empty_trash(node: Arc<Node>) {
+    // What an earlier agent left there comes first.
+    node.trash.notify_one();
+    loop {
+        node.trash.notified().await;
+        let store = node.store.clone();
+        match tokio::task::spawn_blocking(move || store.empty_trash()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => warn!("the trash cannot be emptied: {}", error_chain(&error)),
+            Err(error) => warn!("the trash cannot be emptied: {error}"),
+        }
+    }
+}
+
+/// Kills builds that fill the disk: the youngest below half of the reserve, and one whose log floods.
+pub async fn watch_builds(node: Arc<Node>) {
+    loop {
+        let builds = running_builds(&node).await;
+        for (app, release_id, state) in &builds {
+            let bytes = node.store.app(app).log_bytes(release_id, BUILD_STEP);
+            if bytes > LOG_LIMIT_BYTES {
+                let message = format!(
+                    "the build wrote more than {} MiB of log: make it quieter",
+                    LOG_LIMIT_BYTES >> 20
+                );
+                kill(&node, app, &state.name, Reason::BuildFailed, message).await;
+            }
+        }
+        let shortage = node
+            .store
+            .disk()
+            .ok()
+            .and_then(|disk| disk.severe_shortage(&DiskReserve::DEFAULT));
+        if let (Some(message), Some((app, _, state))) = (shortage, builds.last()) {
+            kill(
+                &node,
+                app,
+                &state.name,
+                Reason::DiskPressure,
+                format!("{message}; the build was stopped"),
+            )
+            .await;
+        }
+        tokio::time::sleep(if builds.is_empty() {
+            IDLE_INTERVAL
+        } else {
+            DISK_INTERVAL
+        })
+        .await;
+    }
+}
+
+/// The builds that run, the youngest last, as far as process ids tell.
+async fn running_builds(node: &Node) -> Vec<(AppName, ReleaseId, UnitState)> {
+    let mut builds = vec![];
+    for listed in node
+        .systemd
+        .list_units(&["kari-build.*"])
+        .await
+        .unwrap_or_default()
+    {
+        if listed.active_state != ActiveState::Activating {
+            continue;
+        }
+        if let Some(OwnUnit::Build {
+            app, release_id, ..
+        }) = unit::parse_unit_name(&listed.name)
+            && let Ok(Some(state)) = node.systemd.get_unit_state(&listed.name).await
+        {
+            builds.push((app, release_id, state));
+        }
+    }
+    builds.sort_by_key(|(_, _, state)| state.main_pid);
+    builds
+}
+
+async fn kill(node: &Node, app: &AppName, unit: &str, reason: Reason, message: String) {
+    info!(%app, unit, "killing a build: {message}");
+    note_killed(
+        node,
+        app,
+        unit,
+        RecordedFailure {
+            reason,
+            message,
+            log_tail: None,
+        },
+    );
+    if let Err(error) = node.systemd.kill_unit(unit, SIGKILL).await {
+        warn!(%app, unit, "cannot kill it: {}", error_chain(&error));
+    }
+}

@@ -1,0 +1,402 @@
+//! Looking at the mirrors, and starting, stopping and throwing away.
+//!
+//! One task looks after all mirrors. It never waits for a fetch: it starts the
+//! unit, and is woken when the unit has changed, when a want has, or by time.
+
+use std::fs;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use std::collections::BTreeMap;
+use tokio::sync::Notify;
+use tokio::time::{Instant, timeout};
+use tracing::{info, warn};
+
+use super::refs;
+use super::schedule::{Action, MirrorState, Schedule, Seen, Start, Unit};
+use super::step::{Paths, SCRIPT, fetch_step};
+use super::{MirrorKey, Want};
+use crate::agent::host::store::{self, Store, StoreError, write_durably};
+use crate::agent::host::systemd::{Systemd, SystemdError};
+use crate::agent::host::unit::{UnitError, fetch_unit_name, step_properties};
+use crate::api::names::AppName;
+
+/// How long a fetch's unit may take to stop; its processes are killed after 10 s.
+const STOP_LIMIT: Duration = Duration::from_secs(20);
+
+/// While a fetch runs, its unit is looked at at least this often, should a signal be missed.
+const LOOK_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Between two looks at the earliest, however often somebody asks for one.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
+
+/// After an error of systemd's or the disk's.
+const ERROR_PAUSE: Duration = Duration::from_secs(2);
+
+/// Bytes of git's words that are read.
+const LOG_TAIL_BYTES: u64 = 16 << 10;
+
+/// What mirrors need of the node.
+#[derive(Debug, Clone)]
+pub struct MirrorSettings {
+    /// Fetches at a time.
+    pub slots: usize,
+    /// kari-git.
+    pub user: String,
+    /// Its uid, which is its gid too.
+    pub uid: u32,
+    /// `$PATH` of the node's tools.
+    pub tool_path: String,
+}
+
+/// Why a mirror cannot be looked at or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum MirrorError {
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// systemd.
+    #[error(transparent)]
+    Systemd(#[from] SystemdError),
+    /// The unit cannot be said.
+    #[error(transparent)]
+    Unit(#[from] UnitError),
+    /// Something in the mirror.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The node's mirrors. Cheap to clone; an agent has one.
+#[derive(Clone)]
+pub struct Mirrors {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    store: Store,
+    systemd: Systemd,
+    settings: MirrorSettings,
+    wake: Box<dyn Fn(&AppName) + Send + Sync>,
+    started: Instant,
+    schedule: Mutex<Schedule>,
+    look: Notify,
+}
+
+impl Mirrors {
+    /// `wake` is called for each app whose [`MirrorState`] has changed; it must not block. Nothing happens
+    /// before [`Mirrors::run`].
+    pub fn new(
+        store: Store,
+        systemd: Systemd,
+        settings: MirrorSettings,
+        wake: impl Fn(&AppName) + Send + Sync + 'static,
+    ) -> Self {
+        let schedule = Mutex::new(Schedule::new(settings.slots));
+        Self {
+            inner: Arc::new(Inner {
+                store,
+                systemd,
+                settings,
+                wake: Box::new(wake),
+                started: Instant::now(),
+                schedule,
+                look: Notify::new(),
+            }),
+        }
+    }
+
+    /// The app wants a commit; the newest want counts, and the same one again changes nothing.
+    pub fn want(&self, app: &AppName, want: Want) {
+        let path = self.mirror(&MirrorKey::of(&want.source));
+        self.schedule().want(self.now(), app, want, path);
+        self.inner.look.notify_one();
+    }
+
+    /// The app wants nothing: a fetch that nobody else wants is stopped. What is held stays.
+    pub fn unwant(&self, app: &AppName) {
+        self.schedule().unwant(app);
+        self.inner.look.notify_one();
+    }
+
+    /// How far the app has come; nothing if it wants nothing.
+    pub fn state(&self, app: &AppName) -> Option<MirrorState> {
+        self.schedule().state(self.now(), app)
+    }
+
+    /// The commit could not be checked out although the mirror holds it: it is looked through, and made
+    /// anew if it is damaged.
+    pub fn suspect(&self, app: &AppName) {
+        self.schedule().suspect(app);
+        self.inner.look.notify_one();
+    }
+
+    /// A unit of a fetch has changed, or may have.
+    pub fn dirty(&self) {
+        self.inner.look.notify_one();
+    }
+
+    /// The app is gone from the node: what was held for it is let go, and a mirror that holds nothing
+    /// for anybody goes to the trash. Idempotent.
+    pub async fn release(&self, app: &AppName) -> Result<(), MirrorError> {
+        self.unwant(app);
+        for name in store::names_in(&self.inner.store.mirrors())? {
+            let Some(key) = name.strip_suffix(".git") else {
+                continue;
+            };
+            let key = MirrorKey(key.to_owned());
+            let mirror = self.mirror(&key);
+            refs::release(&mirror, app).map_err(at("let go of a reference in", &mirror))?;
+            let is_held =
+                refs::holds_any(&mirror).map_err(at("list the references of", &mirror))?;
+            if is_held || self.schedule().is_wanted(&key) {
+                continue;
+            }
+            self.stop(&key).await?;
+            self.drop_mirror(&key)?;
+        }
+        Ok(())
+    }
+
+    /// Looks after the mirrors until it is dropped.
+    pub async fn run(&self) {
+        let mut known = BTreeMap::new();
+        // Now, so that the first app leaves nothing behind that was not there before it.
+        if let Err(error) = self.script() {
+            warn!(%error, "the script of fetches cannot be written yet");
+        }
+        loop {
+            let pause = match self.round().await {
+                Ok(()) => SHORTEST_PAUSE,
+                Err(error) => {
+                    warn!(%error, "mirrors cannot be looked after");
+                    ERROR_PAUSE
+                }
+            };
+            known = self.wake_changed(known);
+            tokio::time::sleep(pause).await;
+            let next = self.next_look();
+            match next {
+                // Over time is all that may happen here: the round looks at everything.
+                Some(after) => drop(timeout(after, self.inner.look.notified()).await),
+                None => self.inner.look.notified().await,
+            }
+        }
+    }
+
+    async fn round(&self) -> Result<(), MirrorError> {
+        let mirrors: Vec<(MirrorKey, PathBuf, Vec<AppName>)> = self
+            .schedule()
+            .mirrors()
+            .map(|(key, path, apps)| (key.clone(), path.clone(), apps.cloned().collect()))
+            .collect();
+        for (key, path, apps) in mirrors {
+            let seen = self.look_at(&key, &path, &apps).await?;
+            let action = self
+                .schedule()
+                .take_in(self.now(), fastrand::f64(), &key, seen);
+            match action {
+                Action::Nothing => {}
+                Action::Stop => self.stop(&key).await?,
+                Action::StopAndDrop => {
+                    warn!(mirror = key.as_str(), "a damaged mirror is made anew");
+                    self.stop(&key).await?;
+                    self.drop_mirror(&key)?;
+                    self.inner.look.notify_one();
+                }
+            }
+        }
+        loop {
+            let start = self.schedule().next_start();
+            let Some(start) = start else { return Ok(()) };
+            if let Err(error) = self.start(&start).await {
+                let message = format!("cannot start the fetch of {}: {error}", start.source);
+                self.schedule()
+                    .start_failed(self.now(), fastrand::f64(), &start.key, message);
+            }
+        }
+    }
+
+    async fn look_at(
+        &self,
+        key: &MirrorKey,
+        path: &Path,
+        apps: &[AppName],
+    ) -> Result<Seen, MirrorError> {
+        let state = self
+            .inner
+            .systemd
+            .get_unit_state(&fetch_unit_name(key.as_str()))
+            .await?;
+        let unit = match state {
+            None => Unit::Absent,
+            Some(state) if state.active_state.is_stopped() || state.sub_state == "exited" => {
+                Unit::Ended {
+                    result: state.step_result(),
+                    log: log_tail(&self.log(key)),
+                }
+            }
+            Some(_) => Unit::Running,
+        };
+        // After the unit: what it set last is seen when it has ended.
+        let mut held = BTreeMap::new();
+        for app in apps {
+            if let Some(commit) = refs::held(path, app).map_err(at("read a reference of", path))? {
+                held.insert(app.clone(), commit);
+            }
+        }
+        Ok(Seen { unit, held })
+    }
+
+    /// The script that fetches run.
+    fn script(&self) -> Result<PathBuf, MirrorError> {
+        let script = self.inner.store.mirrors().join("fetch.sh");
+        if store::read(&script)?.as_deref() != Some(SCRIPT.as_bytes()) {
+            write_durably(&script, SCRIPT.as_bytes(), 0o644)?;
+        }
+        Ok(script)
+    }
+
+    async fn start(&self, start: &Start) -> Result<(), MirrorError> {
+        let Start {
+            key,
+            source,
+            mode,
+            holds,
+        } = start;
+        let Inner {
+            systemd, settings, ..
+        } = &*self.inner;
+        let mirror = self.mirror(key);
+        store::make_folder(&mirror, 0o755, Some(settings.uid))?;
+        let script = self.script()?;
+        let log = self.log(key);
+        store::remove(&log)?;
+        let paths = Paths {
+            mirror,
+            script,
+            log,
+        };
+        let step = fetch_step(
+            source,
+            paths,
+            &settings.user,
+            &settings.tool_path,
+            *mode,
+            holds,
+        );
+        info!(mirror = key.as_str(), url = %source, commits = holds.len(), "fetching");
+        match systemd
+            .start_transient(&fetch_unit_name(key.as_str()), &step_properties(&step)?)
+            .await
+        {
+            // Looked at in the next round.
+            Ok(()) | Err(SystemdError::UnitExists { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn stop(&self, key: &MirrorKey) -> Result<(), MirrorError> {
+        Ok(self
+            .inner
+            .systemd
+            .stop_unit(&fetch_unit_name(key.as_str()), STOP_LIMIT)
+            .await?)
+    }
+
+    fn drop_mirror(&self, key: &MirrorKey) -> Result<(), MirrorError> {
+        self.inner.store.trash(&self.mirror(key))?;
+        store::remove(&self.log(key))?;
+        Ok(())
+    }
+
+    fn mirror(&self, key: &MirrorKey) -> PathBuf {
+        self.inner
+            .store
+            .mirrors()
+            .join(format!("{}.git", key.as_str()))
+    }
+
+    /// In a folder that is root's alone.
+    fn log(&self, key: &MirrorKey) -> PathBuf {
+        self.inner
+            .store
+            .mirrors()
+            .join(format!("{}.log", key.as_str()))
+    }
+
+    /// Wakes the apps whose state is another than before, the time of the next try apart.
+    fn wake_changed(
+        &self,
+        known: BTreeMap<AppName, MirrorState>,
+    ) -> BTreeMap<AppName, MirrorState> {
+        let mut states = self.schedule().states(self.now());
+        for state in states.values_mut() {
+            if let MirrorState::Failed {
+                failure: _,
+                retry_in,
+            } = state
+            {
+                *retry_in = Duration::ZERO;
+            }
+        }
+        for (app, state) in &states {
+            if known.get(app) != Some(state) {
+                (self.inner.wake)(app);
+            }
+        }
+        states
+    }
+
+    fn next_look(&self) -> Option<Duration> {
+        let schedule = self.schedule();
+        let deadline = schedule
+            .next_deadline()
+            .map(|deadline| deadline.saturating_sub(self.now()));
+        let look = schedule.is_running().then_some(LOOK_INTERVAL);
+        deadline.into_iter().chain(look).min()
+    }
+
+    fn now(&self) -> Duration {
+        self.inner.started.elapsed()
+    }
+
+    fn schedule(&self) -> MutexGuard<'_, Schedule> {
+        // No code that holds it panics; if one did, the schedule is looked at anew in each round.
+        self.inner
+            .schedule
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MirrorError {
+    let path = path.to_owned();
+    move |source| MirrorError::Io {
+        action,
+        path,
+        source,
+    }
+}
+
+/// The end of a log; empty if there is none.
+fn log_tail(path: &Path) -> String {
+    let read = || -> io::Result<Vec<u8>> {
+        let mut file = fs::File::open(path)?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL_BYTES)))?;
+        let mut tail = Vec::new();
+        file.take(LOG_TAIL_BYTES).read_to_end(&mut tail)?;
+        Ok(tail)
+    };
+    String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
+}

@@ -1,0 +1,170 @@
+//! kari-proxy.service: the node's nginx, run with a configuration of our own.
+//!
+//! Each Deployment has one file, written beside its place, synced and renamed.
+//! That a file is there proves nothing, and neither does a reload that ended
+//! well: what counts is measured by a request on a new connection.
+//!
+//! - [`configuration`] is what nginx is told, as text. Pure.
+//! - [`answer`] is what an answer proves. Pure.
+//! - [`control`] writes, reloads and measures.
+//!
+//! User text reaches nginx through [`HostName::parse`] alone.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use crate::api::names::{AppName, ReleaseId};
+
+mod answer;
+mod configuration;
+mod control;
+
+pub use configuration::{IDENTITY_PATH, UNIT, render_virtual_host};
+pub use control::{DRAIN_LIMIT, OldWorkers, Proxy, ProxyError};
+
+/// A host name that requests come for: a lower-case DNS name of at most 253 characters, with an optional
+/// leading `*.` for any one or more labels.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct HostName(String);
+
+/// A text that is not a [`HostName`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{value:?} is not a host name: it must be a lower-case DNS name of at most 253 characters, with an optional leading \"*.\""
+)]
+pub struct HostNameError {
+    value: String,
+}
+
+/// What a host name is at most, RFC 1035.
+const LONGEST_HOST_CHARACTERS: usize = 253;
+
+/// What a label of it is at most, RFC 1035.
+const LONGEST_LABEL_CHARACTERS: usize = 63;
+
+impl HostName {
+    /// Refuses everything that nginx could take for more than a name: there, a name may be a regular
+    /// expression, have variables, or end the directive.
+    pub fn parse(text: &str) -> Result<Self, HostNameError> {
+        let name = text.strip_prefix("*.").unwrap_or(text);
+        let is_label = |label: &str| {
+            (1..=LONGEST_LABEL_CHARACTERS).contains(&label.len())
+                && label
+                    .bytes()
+                    .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+                && !label.starts_with('-')
+                && !label.ends_with('-')
+        };
+        if text.len() <= LONGEST_HOST_CHARACTERS && name.split('.').all(is_label) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(HostNameError {
+                value: text.to_owned(),
+            })
+        }
+    }
+
+    /// The name, with its `*.` if it has one.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Display for HostName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What the proxy serves for a Deployment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VirtualHost {
+    /// The Deployment.
+    pub app: AppName,
+    /// The release that answers, or that would if it ran.
+    pub release_id: ReleaseId,
+    /// One for each process with a route.
+    pub routes: Vec<Route>,
+}
+
+/// The requests for some host names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// The process, a DNS label.
+    pub process: String,
+    /// The host names; at least one.
+    pub hosts: Vec<HostName>,
+    /// Who gets the requests.
+    pub target: RouteTarget,
+    /// What the agent asks for when it measures who answers: the path of the readiness probe, or `/`.
+    pub measured_path: String,
+}
+
+/// Who gets the requests of a route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RouteTarget {
+    /// A process of the node.
+    Port {
+        /// Its port on 127.0.0.1.
+        primary: u16,
+        /// The port of before a switch, which takes what the primary refuses until the switch is
+        /// drained: should the node reboot before the commit, the old process starts and answers.
+        backup: Option<u16>,
+    },
+    /// Nobody: 503. A stopped process's port may be anybody's.
+    Unavailable,
+}
+
+/// The hosts of `wanted` that another Deployment than `app` has, and which: RouteConflict, and the other
+/// keeps them. nginx itself would only warn, and give the host to the first file by name.
+pub fn route_conflicts<'a>(
+    app: &AppName,
+    wanted: &'a [HostName],
+    served: &'a BTreeMap<AppName, Vec<HostName>>,
+) -> Vec<(&'a HostName, &'a AppName)> {
+    let others = served.iter().filter(|(other, _)| *other != app);
+    others
+        .flat_map(|(other, hosts)| {
+            wanted
+                .iter()
+                .filter(|host| hosts.contains(host))
+                .map(move |host| (host, other))
+        })
+        .collect()
+}
+
+/// What the node's proxy is like.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProxySettings {
+    /// The port for HTTP, on all addresses.
+    pub http_port: u16,
+    /// nginx, as an absolute path.
+    pub nginx: PathBuf,
+    /// Whether the node has IPv6.
+    pub ipv6: bool,
+    /// Processors that the proxy may use; it uses a few at most.
+    pub processors: usize,
+}
+
+impl ProxySettings {
+    /// The settings of this node; nothing if `tool_path` (folders separated by colons) has no nginx.
+    pub fn of_this_node(http_port: u16, tool_path: &str) -> Option<Self> {
+        let nginx = tool_path
+            .split(':')
+            .filter(|folder| folder.starts_with('/'))
+            .map(|folder| PathBuf::from(folder).join("nginx"))
+            .find(|path| path.is_file())?;
+        // The list of addresses: there only with IPv6, and empty where it is switched off.
+        let ipv6 = std::fs::read("/proc/net/if_inet6").is_ok_and(|addresses| !addresses.is_empty());
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Some(Self {
+            http_port,
+            nginx,
+            ipv6,
+            processors,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

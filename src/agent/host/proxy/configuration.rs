@@ -1,0 +1,419 @@
+//! What nginx is told: the files of /var/lib/kari/proxy and the unit, as text. Pure.
+//!
+//! ```text
+//! nginx.conf          includes the others; what the unit runs
+//! main.conf           all that stands outside of `http`
+//! http.conf           all that every virtual host shares, and the server that refuses
+//! vhosts/<app>.conf   one per Deployment; hidden (.x) while it is written, .bad when it was refused at a start
+//! guard.sh            run before each start: sets aside what nginx refuses, so that the rest starts
+//! ```
+//!
+//! Invariants: no text of a user's reaches a file but host names, which
+//! [`super::HostName::parse`] has checked. File names are made of ids only. The
+//! same input gives the same text.
+
+use std::path::Path;
+
+use super::{ProxySettings, RouteTarget, VirtualHost};
+use crate::api::names::hex_digest;
+
+/// The unit.
+pub const UNIT: &str = "kari-proxy.service";
+
+/// Where a vhost says which release it is for, to 127.0.0.1 only.
+pub const IDENTITY_PATH: &str = "/.well-known/kari";
+
+/// A request of the agent's own with this header, set to `1`, learns who answered it.
+pub const MEASURE_HEADER: &str = "Kari-Measure";
+
+/// Who answered: `$upstream_addr;$upstream_header_time`.
+pub const ANSWERED_BY_HEADER: &str = "Kari-Answered-By";
+
+/// A status of nginx's own between the two locations of a route; no answer has it.
+const CLOSING_CODE: u16 = 590;
+
+/// Seconds after which a worker of before a reload closes what it still has, websockets and long
+/// downloads of all Deployments alike. Far above the limit of a drain, as a change of one Deployment
+/// must not cut the others' connections; not for ever, as each reload leaves a worker that costs memory.
+const WORKER_SHUTDOWN_SECONDS: u32 = 900;
+
+/// Connections of each worker, a request having two. They cost 2 MB when the worker starts.
+const WORKER_CONNECTIONS: u32 = 8192;
+
+/// Workers at most: each reload starts as many again, and one serves 10 000 requests a second.
+const LARGEST_WORKER_COUNT: usize = 4;
+
+/// What the unit needs at run time; a reboot may lose it.
+pub const RUN_FOLDER: &str = "/run/kari/proxy";
+
+/// While this file is there, an answer is the last one of its connection. nginx closes idle connections at
+/// a reload, and a request that is on its way in that moment is lost with a reset; so connections in
+/// use are ended in an orderly way before.
+pub const CLOSING_FILE: &str = "/run/kari/proxy/closing";
+
+/// The files of the proxy's folder that are the same for every virtual host: name and content.
+pub fn render_files(settings: &ProxySettings, folder: &Path) -> Vec<(&'static str, String)> {
+    let main = render_main(settings);
+    let http = render_http(settings);
+    vec![
+        ("main.conf", main),
+        ("http.conf", http),
+        (
+            "nginx.conf",
+            render_top(folder, RUN_FOLDER, "vhosts/*.conf"),
+        ),
+        ("guard.sh", render_guard(settings, folder)),
+    ]
+}
+
+/// The digest of the settings in force, which the server that refuses tells 127.0.0.1: an edit of
+/// http.conf that nginx did not take is seen by it.
+pub fn settings_digest(settings: &ProxySettings) -> String {
+    let text = format!("{}{}", render_main(settings), render_http_rules(settings));
+    hex_digest(text.as_bytes())[..16].to_owned()
+}
+
+/// `include`s of everything, with the temporary files below `run_folder`.
+fn render_top(folder: &Path, run_folder: &str, vhosts: &str) -> String {
+    let folder = folder.display();
+    format!(
+        "\
+# Written by kari agent; an edit is overwritten.
+include {folder}/main.conf;
+http {{
+    client_body_temp_path {run_folder}/body;
+    proxy_temp_path {run_folder}/proxy;
+    fastcgi_temp_path {run_folder}/fastcgi;
+    uwsgi_temp_path {run_folder}/uwsgi;
+    scgi_temp_path {run_folder}/scgi;
+    include {folder}/http.conf;
+    include {folder}/{vhosts};
+}}
+"
+    )
+}
+
+fn render_main(settings: &ProxySettings) -> String {
+    let workers = settings.processors.clamp(1, LARGEST_WORKER_COUNT);
+    format!(
+        "\
+# Written by kari agent; an edit is overwritten.
+error_log stderr warn;
+worker_processes {workers};
+worker_shutdown_timeout {WORKER_SHUTDOWN_SECONDS}s;
+events {{
+    worker_connections {WORKER_CONNECTIONS};
+}}
+"
+    )
+}
+
+fn render_http(settings: &ProxySettings) -> String {
+    let rules = render_http_rules(settings);
+    let listen = listen(settings, " default_server backlog=4096");
+    let digest = settings_digest(settings);
+    let identity = identity(&format!("kari-proxy {digest}"));
+    format!(
+        "\
+# Written by kari agent; an edit is overwritten.
+{rules}
+# A host name that no Deployment on this node has.
+server {{
+{listen}    server_name _;
+    default_type text/plain;
+{identity}    location / {{
+        return 421 \"no Deployment on this node serves this host name\\n\";
+    }}
+}}
+"
+    )
+}
+
+fn render_http_rules(_: &ProxySettings) -> String {
+    format!(
+        "\
+access_log off;
+server_tokens off;
+default_type application/octet-stream;
+# A host name has up to 253 characters.
+server_names_hash_bucket_size 512;
+server_names_hash_max_size 16384;
+large_client_header_buffers 8 32k;
+
+# As large as the app takes it; passed on as it comes, both ways, so that uploads fill no disk and
+# streams (server-sent events) arrive at once.
+client_max_body_size 0;
+proxy_request_buffering off;
+proxy_buffering off;
+proxy_max_temp_file_size 0;
+proxy_buffer_size 32k;
+proxy_buffers 8 32k;
+
+# A slow client has a minute, an app an hour: websockets and long polls are silent for long.
+client_header_timeout 60s;
+client_body_timeout 60s;
+send_timeout 60s;
+keepalive_timeout 75s;
+proxy_connect_timeout 5s;
+proxy_send_timeout 1h;
+proxy_read_timeout 1h;
+
+# The next server of an upstream is the one of before a switch. Only what HTTP allows is sent twice:
+# a request that changes something (POST, PATCH, LOCK) is not, once a byte of it was sent.
+proxy_next_upstream error timeout;
+
+map $http_upgrade $kari_connection {{
+    default upgrade;
+    '' '';
+}}
+# What a proxy in front says of the client's own connection is passed on.
+map $http_x_forwarded_proto $kari_forwarded_proto {{
+    default $scheme;
+    http http;
+    https https;
+}}
+proxy_http_version 1.1;
+proxy_set_header Host $http_host;
+proxy_set_header Connection $kari_connection;
+proxy_set_header Upgrade $http_upgrade;
+proxy_set_header X-Real-IP $remote_addr;
+proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+proxy_set_header X-Forwarded-Host $http_host;
+proxy_set_header X-Forwarded-Proto $kari_forwarded_proto;
+proxy_set_header {MEASURE_HEADER} '';
+proxy_hide_header {ANSWERED_BY_HEADER};
+proxy_ignore_headers X-Accel-Redirect X-Accel-Expires;
+proxy_redirect off;
+
+# Who is asked by this node itself, and who answered.
+map $remote_addr $kari_local {{
+    default '';
+    127.0.0.1 1;
+}}
+map \"$kari_local $http_kari_measure\" $kari_answered_by {{
+    default '';
+    '1 1' '$upstream_addr;$upstream_header_time';
+}}
+"
+    )
+}
+
+/// `listen` directives; IPv6 only where the node has it, as nginx does not start otherwise.
+fn listen(settings: &ProxySettings, parameters: &str) -> String {
+    let port = settings.http_port;
+    let mut text = format!("    listen {port}{parameters};\n");
+    if settings.ipv6 {
+        text.push_str(&format!("    listen [::]:{port}{parameters};\n"));
+    }
+    text
+}
+
+/// Says `text` to 127.0.0.1 and is not there for anybody else. Not by `allow` and `deny`, which are
+/// looked at after `return`.
+fn identity(text: &str) -> String {
+    format!(
+        "    location = {IDENTITY_PATH} {{
+        default_type text/plain;
+        if ($kari_local = '') {{
+            return 404;
+        }}
+        return 200 '{text}\\n';
+    }}
+"
+    )
+}
+
+/// The name of a Deployment's file in vhosts/.
+pub fn virtual_host_file(app: &crate::api::names::AppName) -> String {
+    format!("{app}.conf")
+}
+
+/// A Deployment's file.
+pub fn render_virtual_host(host: &VirtualHost, settings: &ProxySettings) -> String {
+    let VirtualHost {
+        app,
+        release_id,
+        routes,
+    } = host;
+    let identity = identity(&release_id.to_string());
+    let listen = listen(settings, "");
+    let mut text = format!("# Written by kari agent for {app}; an edit is overwritten.\n");
+    for super::Route {
+        process,
+        hosts,
+        target,
+        measured_path: _,
+    } in routes
+    {
+        let names = hosts
+            .iter()
+            .map(super::HostName::as_str)
+            .collect::<Vec<_>>()
+            .join(" ");
+        let upstream = format!("kari.{app}.{process}");
+        let location = match target {
+            RouteTarget::Port { primary, backup } => {
+                text.push_str(&render_upstream(&upstream, *primary, *backup));
+                format!(
+                    "    location / {{
+        if (-f {CLOSING_FILE}) {{
+            return {CLOSING_CODE};
+        }}
+        error_page {CLOSING_CODE} = @closing;
+        proxy_pass http://{upstream};
+    }}
+    location @closing {{
+        keepalive_timeout 0;
+        proxy_pass http://{upstream};
+    }}
+"
+                )
+            }
+            RouteTarget::Unavailable => "    location / {
+        default_type text/plain;
+        add_header Retry-After 5 always;
+        return 503 \"this Deployment is not running on this node at the moment\\n\";
+    }
+"
+            .to_owned(),
+        };
+        text.push_str(&format!(
+            "server {{
+{listen}    server_name {names};
+    add_header {ANSWERED_BY_HEADER} $kari_answered_by always;
+{identity}{location}}}
+"
+        ));
+    }
+    text
+}
+
+/// Idle connections to an app are kept for less time than any app server keeps them: one that the app
+/// closes in the moment it is used costs a POST its answer.
+fn render_upstream(name: &str, primary: u16, backup: Option<u16>) -> String {
+    // max_fails=0: the primary is asked each time, so that the answer tells whether it is up.
+    let backup = backup
+        .filter(|backup| *backup != primary)
+        .map(|port| format!("    server 127.0.0.1:{port} max_fails=0 backup;\n"))
+        .unwrap_or_default();
+    format!(
+        "upstream {name} {{
+    server 127.0.0.1:{primary} max_fails=0;
+{backup}    keepalive 32;
+    keepalive_timeout 1s;
+    keepalive_requests 10000;
+}}
+"
+    )
+}
+
+/// Tries all files before a start. If nginx refuses them, tries each alone and sets aside (.bad) those
+/// that are refused: one bad file must not keep all Deployments down after a boot.
+fn render_guard(settings: &ProxySettings, folder: &Path) -> String {
+    let all = render_top(folder, "$run", "vhosts/*.conf");
+    let one = render_top(folder, "$run", "$1");
+    let folder = folder.display();
+    let nginx = settings.nginx.display();
+    format!(
+        "\
+# Written by kari agent; an edit is overwritten.
+# Run as root before each start of {UNIT}.
+set -u
+run={RUN_FOLDER}/guard
+mkdir -p $run
+trap 'rm -rf $run' EXIT
+try() {{ {nginx} -t -q -c $run/nginx.conf -g \"pid $run/pid;\"; }}
+
+cat >$run/nginx.conf <<END
+{all}END
+if try; then exit 0; fi
+
+set_one() {{ cat >$run/nginx.conf <<END
+{one}END
+}}
+cd {folder}
+for file in vhosts/*.conf; do
+    set_one \"$file\"
+    if ! try; then
+        echo \"$file is refused and set aside as $file.bad\" >&2
+        mv -f \"$file\" \"$file.bad\"
+    fi
+done
+"
+    )
+}
+
+/// The unit file.
+pub fn render_unit(settings: &ProxySettings, folder: &Path) -> String {
+    let folder = folder.display();
+    let nginx = settings.nginx.display();
+    let command =
+        format!("{nginx} -c {folder}/nginx.conf -e stderr -g \"pid {RUN_FOLDER}/nginx.pid;\"");
+    format!(
+        "\
+# Written by kari agent; an edit is overwritten.
+[Unit]
+Description=Kari's proxy: nginx in front of the node's Deployments
+After=network.target
+StartLimitIntervalSec=0
+
+[Service]
+Type=forking
+PIDFile={RUN_FOLDER}/nginx.pid
+RuntimeDirectory=kari/proxy
+DynamicUser=yes
+# As root, to set files aside. No text of a user's is in this unit.
+ExecStartPre=+/bin/sh {folder}/guard.sh
+ExecStart={command}
+# What it says is for the agent.
+ExecReload=/bin/sh -c 'exec {command} -s reload >{RUN_FOLDER}/reload.log 2>&1'
+KillMode=mixed
+KillSignal=SIGQUIT
+TimeoutStartSec=60
+TimeoutStopSec=15
+Restart=always
+RestartSec=2
+LimitNOFILE=65536
+LimitCORE=0
+TasksMax=1024
+OOMScoreAdjust=-500
+UMask=0077
+
+AmbientCapabilities=CAP_NET_BIND_SERVICE
+CapabilityBoundingSet=CAP_NET_BIND_SERVICE
+SecureBits=noroot-locked
+NoNewPrivileges=yes
+RestrictSUIDSGID=yes
+KeyringMode=private
+RemoveIPC=yes
+LockPersonality=yes
+RestrictRealtime=yes
+RestrictNamespaces=yes
+MemoryDenyWriteExecute=yes
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+DevicePolicy=closed
+PrivateIPC=yes
+PrivateMounts=yes
+ProtectProc=invisible
+ProcSubset=pid
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+InaccessiblePaths=-/run/dbus -/etc/kubernetes -/var/lib/kubelet -/run/containerd -/run/docker.sock -/etc/ssh
+
+[Install]
+WantedBy=multi-user.target
+"
+    )
+}

@@ -1,0 +1,625 @@
+//! Writing, reloading and measuring.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::Mutex;
+use tokio::time::{Instant, sleep, timeout_at};
+use tracing::warn;
+
+use super::answer::{came_from, names};
+use super::configuration::{
+    self, CLOSING_FILE, IDENTITY_PATH, MEASURE_HEADER, RUN_FOLDER, UNIT, render_unit,
+    render_virtual_host, settings_digest, virtual_host_file,
+};
+use super::{HostName, ProxySettings, Route, VirtualHost};
+use crate::agent::host::port::holder_of;
+use crate::agent::host::probe::{self, ANY_LABEL, Answer};
+use crate::agent::host::store::{self, StoreError, UnitFiles, write_durably};
+use crate::agent::host::systemd::{ActiveState, Systemd, SystemdError};
+use crate::api::names::AppName;
+use crate::api::reasons::Reason;
+
+/// How long a drain may take: requests of before a switch have ended by then, or are cut when the old
+/// process stops. Websockets always last until then.
+pub const DRAIN_LIMIT: Duration = Duration::from_secs(60);
+
+/// From the call of a reload to its end: PID 1 may be deaf for half a second, nginx reads 500 files in 0.1 s.
+const RELOAD_LIMIT: Duration = Duration::from_secs(15);
+
+/// How long connections in use are ended in an orderly way before a reload closes the idle ones: one that
+/// had no request for as long hardly has one in the very moment.
+const CLOSING_TIME: Duration = Duration::from_secs(1);
+
+/// From nginx being told to reload to its new workers alone accepting connections; 0.1 s as a rule.
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the measured answer of an app may take: it was ready just now.
+const MEASURE_LIMIT: Duration = Duration::from_secs(10);
+
+/// From the start of the unit to its being up: nginx itself waits 2.5 s for a port, the guard tries
+/// each file if one of them is bad.
+const START_LIMIT: Duration = Duration::from_secs(30);
+
+/// Between two looks at what is expected within a tenth of a second.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Reloads that somebody else's bad file may spoil before it is given up: its writer takes it back.
+const RELOAD_TRIES: u32 = 3;
+
+/// Why the proxy does not serve what it should: reason ProxyUnavailable.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ProxyError {
+    /// Somebody else listens on the port.
+    #[error("port {port} is held by {holder}: stop it, or give the agent another --http-port")]
+    PortHeld {
+        /// The port for HTTP.
+        port: u16,
+        /// Who it is, as well as can be told.
+        holder: String,
+    },
+    /// The unit does not come up.
+    #[error("{UNIT} is not running ({state}): see `journalctl -u {UNIT}` on the node")]
+    NotRunning {
+        /// What systemd says of it.
+        state: String,
+    },
+    /// nginx does not take the configuration, and goes on with the one it has.
+    #[error("nginx refuses the configuration: {message}")]
+    Refused {
+        /// nginx's words.
+        message: String,
+    },
+    /// A new connection is not answered as the files say.
+    #[error("the proxy does not yet serve {host} as configured: {message}")]
+    NotInForce {
+        /// The host that was asked for.
+        host: String,
+        /// What came instead.
+        message: String,
+    },
+    /// A file cannot be written or read.
+    #[error(transparent)]
+    Store(#[from] Arc<StoreError>),
+    /// systemd does not do as it is told.
+    #[error(transparent)]
+    Systemd(#[from] Arc<SystemdError>),
+}
+
+impl ProxyError {
+    /// The condition's reason.
+    pub fn reason(&self) -> Reason {
+        Reason::ProxyUnavailable
+    }
+}
+
+macro_rules! shared_errors {
+    ($($error:ident => $variant:ident),*) => {$(
+        impl From<$error> for ProxyError {
+            fn from(error: $error) -> Self {
+                Self::$variant(Arc::new(error))
+            }
+        }
+    )*};
+}
+shared_errors!(StoreError => Store, SystemdError => Systemd);
+
+/// Workers of nginx that may still hold requests which began before a reload.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OldWorkers {
+    /// Their process ids, as PID 1 numbers them.
+    pub pids: BTreeSet<u32>,
+}
+
+impl OldWorkers {
+    /// Whether none is left.
+    pub fn is_empty(&self) -> bool {
+        self.pids.is_empty()
+    }
+}
+
+/// The node's proxy. Cheap to clone; an agent has one.
+#[derive(Clone)]
+pub struct Proxy {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    folder: PathBuf,
+    units: UnitFiles,
+    systemd: Systemd,
+    settings: ProxySettings,
+    /// Reloads that were asked for.
+    asked: AtomicU64,
+    /// One reload at a time; it serves all that asked before it began.
+    last: Mutex<LastReload>,
+}
+
+/// The last reload, and how many of those that asked it has served.
+struct LastReload {
+    served: u64,
+    outcome: Result<OldWorkers, ProxyError>,
+}
+
+impl Proxy {
+    /// `folder` is /var/lib/kari/proxy. Nothing is done yet.
+    pub fn new(
+        folder: PathBuf,
+        units: UnitFiles,
+        systemd: Systemd,
+        settings: ProxySettings,
+    ) -> Self {
+        let last = LastReload {
+            served: 0,
+            outcome: Ok(OldWorkers::default()),
+        };
+        Self {
+            inner: Arc::new(Inner {
+                folder,
+                units,
+                systemd,
+                settings,
+                asked: AtomicU64::new(0),
+                last: Mutex::new(last),
+            }),
+        }
+    }
+
+    /// Brings the proxy up: files, unit, enabled, running, answering on its port. To be called at the
+    /// agent's start and every now and then; does nothing where all is well.
+    pub async fn ensure(&self) -> Result<(), ProxyError> {
+        let Inner {
+            folder,
+            units,
+            systemd,
+            settings,
+            ..
+        } = &*self.inner;
+        store::make_folder(&self.vhosts(), 0o755, None)?;
+        for (name, text) in configuration::render_files(settings, folder) {
+            replace(&folder.join(name), text.as_bytes())?;
+        }
+        let unit = render_unit(settings, folder);
+        if units.read(UNIT)?.as_deref() != Some(unit.as_str()) {
+            units.write(UNIT, &unit)?;
+        }
+        if !units.is_enabled(UNIT)? {
+            units.enable(UNIT)?;
+        }
+        let loaded = systemd.get_unit_state(UNIT).await?;
+        if loaded
+            .as_ref()
+            .is_some_and(|state| state.need_daemon_reload)
+        {
+            // Only an upgrade of the agent brings this about.
+            systemd.daemon_reload().await?;
+        }
+        if loaded.is_none_or(|state| state.active_state != ActiveState::Active) {
+            self.start().await?;
+        }
+        if let Ok(_idle) = self.inner.last.try_lock() {
+            // An agent that was killed in a reload left it.
+            Closing::end();
+        }
+        // The first reload makes its log: now, so that the first app leaves nothing behind that was not
+        // there before it.
+        let never_reloaded = store::read(&Path::new(RUN_FOLDER).join("reload.log"))?.is_none();
+        if never_reloaded || self.measure_settings().await.is_err() {
+            self.reload().await?;
+        }
+        match self.measure_settings().await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.blame_holder_of_port().await?.unwrap_or(error)),
+        }
+    }
+
+    async fn start(&self) -> Result<(), ProxyError> {
+        // nginx would try for 2.5 s and then be started anew: say at once what is in the way.
+        if let Some(error) = self.blame_holder_of_port().await? {
+            // It comes up by itself when the port is free.
+            self.inner.systemd.start_unit(UNIT).await?;
+            return Err(error);
+        }
+        self.inner.systemd.start_unit(UNIT).await?;
+        let deadline = Instant::now() + START_LIMIT;
+        loop {
+            let state = self.inner.systemd.get_unit_state(UNIT).await?;
+            match state {
+                Some(state) if state.active_state == ActiveState::Active => return Ok(()),
+                Some(state)
+                    if Instant::now() > deadline || state.active_state == ActiveState::Failed =>
+                {
+                    let state = format!("{}, result {}", state.sub_state, state.result);
+                    return Err(self
+                        .blame_holder_of_port()
+                        .await?
+                        .unwrap_or(ProxyError::NotRunning { state }));
+                }
+                None if Instant::now() > deadline => {
+                    return Err(ProxyError::NotRunning {
+                        state: "not loaded".to_owned(),
+                    });
+                }
+                Some(_) | None => sleep(LOOK_INTERVAL).await,
+            }
+        }
+    }
+
+    /// The error that names who holds the port, if that is somebody else.
+    async fn blame_holder_of_port(&self) -> Result<Option<ProxyError>, ProxyError> {
+        let port = self.inner.settings.http_port;
+        let own: BTreeSet<u32> = self
+            .processes()
+            .await?
+            .into_iter()
+            .map(|(pid, _)| pid)
+            .collect();
+        let found = tokio::task::spawn_blocking(move || holder_of(port, &own)).await;
+        // Best effort: not to know who it is must not hide the first error.
+        let holder = found.unwrap_or_default();
+        Ok(holder.map(|holder| ProxyError::PortHeld { port, holder }))
+    }
+
+    /// Serves `host`: writes its file if it differs, reloads if it differs or is not in force, and measures
+    /// on new connections. Bounded by the limits of reloading and measuring, 35 s together.
+    /// What it returns has to drain before the old process may stop: nothing, if all was so already.
+    pub async fn publish(&self, host: &VirtualHost) -> Result<OldWorkers, ProxyError> {
+        let path = self.vhosts().join(virtual_host_file(&host.app));
+        let text = render_virtual_host(host, &self.inner.settings);
+        let before = store::read(&path)?;
+        if before.as_deref() == Some(text.as_bytes()) && self.measure(host).await.is_ok() {
+            return Ok(OldWorkers::default());
+        }
+        if self.workers().await?.is_empty() {
+            self.ensure().await?;
+        }
+        replace(&path, text.as_bytes())?;
+        let old = match self.reload_for(&path).await {
+            Ok(old) => old,
+            Err(error) => {
+                if matches!(error, ProxyError::Refused { .. }) {
+                    // Nobody else's reload may fail for it.
+                    match &before {
+                        Some(text) => replace(&path, text)?,
+                        None => store::remove(&path)?,
+                    }
+                }
+                return Err(error);
+            }
+        };
+        self.measure(host).await?;
+        Ok(old)
+    }
+
+    /// Whether `host` is in force: each of its host names is answered by the release, and each route by the
+    /// process that it names. Each request is on a connection of its own.
+    pub async fn measure(&self, host: &VirtualHost) -> Result<(), ProxyError> {
+        let VirtualHost {
+            app: _,
+            release_id,
+            routes,
+        } = host;
+        let deadline = Instant::now() + MEASURE_LIMIT;
+        for Route {
+            process: _,
+            hosts,
+            target,
+            measured_path,
+        } in routes
+        {
+            for host in hosts {
+                let answer = self.ask(host.as_str(), IDENTITY_PATH, deadline).await?;
+                names(&answer, &release_id.to_string())
+                    .map_err(|message| not_in_force(host.as_str(), message))?;
+            }
+            if let Some(host) = hosts.first() {
+                let answer = self.ask(host.as_str(), measured_path, deadline).await?;
+                came_from(&answer, *target).map_err(|message| {
+                    not_in_force(host.as_str(), format!("GET {measured_path}: {message}"))
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Serves nothing for `app` any more: removes its file, reloads, and measures that its hosts are
+    /// refused. What it returns has to drain. An app without a file is done.
+    pub async fn remove(&self, app: &AppName) -> Result<OldWorkers, ProxyError> {
+        let path = self.vhosts().join(virtual_host_file(app));
+        let refused = path.with_extension("conf.bad");
+        store::remove(&refused)?;
+        let Some(text) = store::read(&path)? else {
+            return Ok(OldWorkers::default());
+        };
+        let hosts = hosts_of(&String::from_utf8_lossy(&text));
+        store::remove(&path)?;
+        let old = match self.reload_for(&path).await {
+            Ok(old) => old,
+            Err(error) => {
+                // Back in its place, as it is still served: the next call has something to do.
+                replace(&path, &text)?;
+                return Err(error);
+            }
+        };
+        let deadline = Instant::now() + MEASURE_LIMIT;
+        for host in hosts {
+            let answer = self.ask(host.as_str(), IDENTITY_PATH, deadline).await?;
+            // Another Deployment's `*.` may stand for it: then that one's release is named.
+            if !self.is_another_apps(&host)? {
+                names(&answer, &self.own_name())
+                    .map_err(|message| not_in_force(host.as_str(), message))?;
+            }
+        }
+        Ok(old)
+    }
+
+    fn is_another_apps(&self, host: &HostName) -> Result<bool, ProxyError> {
+        let served = self.hosts()?;
+        Ok(served.values().flatten().any(|other| {
+            other
+                .as_str()
+                .strip_prefix('*')
+                .is_some_and(|suffix| host.as_str().ends_with(suffix))
+        }))
+    }
+
+    /// Those of `old` that still run. The caller has the limit, [`DRAIN_LIMIT`].
+    pub async fn still_draining(&self, old: &OldWorkers) -> Result<OldWorkers, ProxyError> {
+        if old.is_empty() {
+            return Ok(OldWorkers::default());
+        }
+        let workers = self.workers().await?;
+        let pids = old
+            .pids
+            .iter()
+            .copied()
+            .filter(|pid| workers.contains_key(pid))
+            .collect();
+        Ok(OldWorkers { pids })
+    }
+
+    /// All workers that no longer accept connections: what an agent that restarted in a drain waits for.
+    pub async fn retiring_workers(&self) -> Result<OldWorkers, ProxyError> {
+        let workers = self.workers().await?;
+        Ok(OldWorkers {
+            pids: workers
+                .into_iter()
+                .filter(|(_, w)| *w == Worker::Retiring)
+                .map(|(pid, _)| pid)
+                .collect(),
+        })
+    }
+
+    /// The host names of every vhost on the node, for [`super::route_conflicts`].
+    pub fn hosts(&self) -> Result<BTreeMap<AppName, Vec<HostName>>, ProxyError> {
+        let mut hosts = BTreeMap::new();
+        for name in store::names_in(&self.vhosts())? {
+            let Some(app) = name
+                .strip_suffix(".conf")
+                .and_then(|app| AppName::parse(app).ok())
+            else {
+                continue;
+            };
+            // Gone meanwhile: it serves nothing.
+            if let Some(text) = store::read(&self.vhosts().join(&name))? {
+                hosts.insert(app, hosts_of(&String::from_utf8_lossy(&text)));
+            }
+        }
+        Ok(hosts)
+    }
+
+    fn vhosts(&self) -> PathBuf {
+        self.inner.folder.join("vhosts")
+    }
+
+    /// What the server that refuses calls itself.
+    fn own_name(&self) -> String {
+        format!("kari-proxy {}", settings_digest(&self.inner.settings))
+    }
+
+    async fn measure_settings(&self) -> Result<(), ProxyError> {
+        // No host name that a Deployment can have.
+        let answer = self
+            .ask("_", IDENTITY_PATH, Instant::now() + MEASURE_LIMIT)
+            .await?;
+        names(&answer, &self.own_name()).map_err(|message| not_in_force("_", message))
+    }
+
+    async fn ask(&self, host: &str, path: &str, deadline: Instant) -> Result<Answer, ProxyError> {
+        let headers = [
+            ("Host".to_owned(), host.replacen('*', ANY_LABEL, 1)),
+            (MEASURE_HEADER.to_owned(), "1".to_owned()),
+        ];
+        match timeout_at(
+            deadline,
+            probe::get(self.inner.settings.http_port, path, &headers),
+        )
+        .await
+        {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(error)) => Err(not_in_force(host, error.to_string())),
+            Err(_) => Err(not_in_force(
+                host,
+                format!("GET {path}: no answer within {} s", MEASURE_LIMIT.as_secs()),
+            )),
+        }
+    }
+
+    /// Reloads for the sake of the file at `path`. Another one's bad file may be in the way; its writer takes it
+    /// back.
+    async fn reload_for(&self, path: &Path) -> Result<OldWorkers, ProxyError> {
+        let mut tries = 1;
+        loop {
+            match self.reload().await {
+                Err(ProxyError::Refused { message })
+                    if tries < RELOAD_TRIES && !message.contains(&*path.to_string_lossy()) =>
+                {
+                    tries += 1;
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// Has nginx read its files, and waits until only workers that have read them accept connections. One
+    /// reload serves all callers that wait when it begins. Returns the workers of before it.
+    async fn reload(&self) -> Result<OldWorkers, ProxyError> {
+        let ticket = self.inner.asked.fetch_add(1, Ordering::SeqCst) + 1;
+        let mut last = self.inner.last.lock().await;
+        if last.served < ticket {
+            *last = self.reload_now().await;
+        }
+        last.outcome.clone()
+    }
+
+    async fn reload_now(&self) -> LastReload {
+        let closing = Closing::begin();
+        sleep(CLOSING_TIME).await;
+        // Who asks from here on may have written a file after nginx has read it.
+        let served = self.inner.asked.load(Ordering::SeqCst);
+        let outcome = match closing {
+            Ok(_ended_when_settled) => self.reload_and_settle().await,
+            Err(error) => Err(error.into()),
+        };
+        LastReload { served, outcome }
+    }
+
+    async fn reload_and_settle(&self) -> Result<OldWorkers, ProxyError> {
+        let before = self.workers().await?;
+        match self.inner.systemd.reload_unit(UNIT, RELOAD_LIMIT).await {
+            Ok(()) => {}
+            Err(error @ (SystemdError::Job { .. } | SystemdError::Refused { .. })) => {
+                let said = store::read(&Path::new(RUN_FOLDER).join("reload.log"))
+                    .ok()
+                    .flatten()
+                    .unwrap_or_default();
+                let said = String::from_utf8_lossy(&said).trim().to_owned();
+                // Without a word of nginx's it was not nginx that refused.
+                return Err(if said.is_empty() {
+                    error.into()
+                } else {
+                    ProxyError::Refused { message: said }
+                });
+            }
+            Err(error) => return Err(error.into()),
+        }
+        let deadline = Instant::now() + SETTLE_LIMIT;
+        loop {
+            let now = self.workers().await?;
+            if has_settled(&before, &now) {
+                return Ok(OldWorkers {
+                    pids: before
+                        .into_keys()
+                        .filter(|pid| now.contains_key(pid))
+                        .collect(),
+                });
+            }
+            if Instant::now() > deadline {
+                let message = format!(
+                    "nginx took the reload but kept its configuration for {} s: see `journalctl -u {UNIT}` on the node",
+                    SETTLE_LIMIT.as_secs()
+                );
+                return Err(ProxyError::Refused { message });
+            }
+            sleep(LOOK_INTERVAL).await;
+        }
+    }
+
+    async fn workers(&self) -> Result<BTreeMap<u32, Worker>, ProxyError> {
+        let processes = self.processes().await?;
+        Ok(processes
+            .into_iter()
+            .filter_map(|(pid, title)| Some((pid, worker(&title)?)))
+            .collect())
+    }
+
+    async fn processes(&self) -> Result<Vec<(u32, String)>, ProxyError> {
+        match self.inner.systemd.unit_processes(UNIT).await {
+            Ok(processes) => Ok(processes),
+            Err(SystemdError::NoSuchUnit { .. }) => Ok(Vec::new()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Connections are ended in an orderly way for as long as this lives.
+struct Closing;
+
+impl Closing {
+    fn begin() -> Result<Self, StoreError> {
+        write_durably(Path::new(CLOSING_FILE), b"", 0o644)?;
+        Ok(Self)
+    }
+
+    fn end() {
+        // Left behind, it costs every request a connection until the next reload.
+        if let Err(error) = store::remove(Path::new(CLOSING_FILE)) {
+            warn!(%error, "the proxy's connections are not kept alive");
+        }
+    }
+}
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        Self::end();
+    }
+}
+
+/// Writes a file that nginx reads, if it differs. What is written first is hidden, so that no `*.conf` means it.
+fn replace(path: &Path, content: &[u8]) -> Result<(), StoreError> {
+    if store::read(path)?.as_deref() == Some(content) {
+        return Ok(());
+    }
+    write_durably(path, content, 0o644)
+}
+
+fn not_in_force(host: &str, message: String) -> ProxyError {
+    ProxyError::NotInForce {
+        host: host.to_owned(),
+        message,
+    }
+}
+
+/// What a worker of nginx does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Worker {
+    /// It accepts connections.
+    Serving,
+    /// It ends what it has.
+    Retiring,
+}
+
+/// What a process does, by the title that nginx gives it, which systemd quotes; nothing if it is no worker.
+pub(super) fn worker(title: &str) -> Option<Worker> {
+    let title = title
+        .trim_matches('"')
+        .strip_prefix("nginx: worker process")?;
+    Some(if title.contains("is shutting down") {
+        Worker::Retiring
+    } else {
+        Worker::Serving
+    })
+}
+
+/// Whether a reload is in force for every new connection: no worker of before it accepts any, and a new one does.
+pub(super) fn has_settled(before: &BTreeMap<u32, Worker>, now: &BTreeMap<u32, Worker>) -> bool {
+    let mut serving = now
+        .iter()
+        .filter(|(_, worker)| **worker == Worker::Serving)
+        .map(|(pid, _)| pid)
+        .peekable();
+    serving.peek().is_some() && serving.all(|pid| !before.contains_key(pid))
+}
+
+/// The host names that a file of [`render_virtual_host`] has.
+pub(super) fn hosts_of(text: &str) -> Vec<HostName> {
+    text.lines()
+        .filter_map(|line| line.trim().strip_prefix("server_name ")?.strip_suffix(';'))
+        .flat_map(str::split_ascii_whitespace)
+        .filter_map(|host| HostName::parse(host).ok())
+        .collect()
+}

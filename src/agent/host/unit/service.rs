@@ -1,0 +1,527 @@
+//! Services: their environment and their unit.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::{DEFAULT_TASKS, ENV_PROGRAM, UNIT_DIGEST_DIGITS, UnitError, in_app};
+use crate::agent::host::jail::{self, APP_PATH, STATE_PATH, Setting, Value};
+use crate::agent::host::quote;
+use crate::agent::host::records::ContentDigest;
+use crate::api::deployment::{EnvVar, Process, ProcessType, ResourceLimits};
+use crate::api::names::{AppName, Commit, NodeName};
+
+/// Variables of a process as its environment file has them: the Deployment's, then the process's own,
+/// less those that Kari sets itself in the unit, which win.
+pub fn process_variables(env: &[EnvVar], process: &Process) -> BTreeMap<String, String> {
+    let own = |name: &str| {
+        name.starts_with("KARI_")
+            || matches!(name, "HOME" | "STATE_DIRECTORY")
+            || process.port.as_ref().is_some_and(|port| port.env == name)
+    };
+    env.iter()
+        .chain(&process.env)
+        .filter(|variable| !own(&variable.name))
+        .map(|EnvVar { name, value }| (name.clone(), value.clone()))
+        .collect()
+}
+
+/// The environment file of a process.
+pub fn process_environment(
+    process: &Process,
+    variables: &BTreeMap<String, String>,
+) -> Result<Vec<u8>, UnitError> {
+    quote::environment_file(
+        variables
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str())),
+    )
+    .map_err(|source| UnitError::Quote {
+        place: format!("process {}: env", process.name),
+        source,
+    })
+}
+
+/// What a service unit is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct ServiceSpec<'a> {
+    /// The app.
+    pub app: &'a AppName,
+    /// The process.
+    pub process: &'a Process,
+    /// What [`process_variables`] gave, for `$(NAME)`.
+    pub variables: &'a BTreeMap<String, String>,
+    /// The file of [`process_environment`].
+    pub env_file: &'a Path,
+    /// The port it is given, exactly if its spec has one.
+    pub port: Option<u16>,
+    /// What runs.
+    pub commit: &'a Commit,
+    /// The node.
+    pub node: &'a NodeName,
+    /// The sealed tree on the node.
+    pub tree: &'a Path,
+    /// The folder of the tree that it starts in; resolved beneath the tree before the start.
+    pub directory: Option<&'a str>,
+    /// Its state folder on the node, if its spec asks for one.
+    pub state: Option<&'a Path>,
+    /// The app's service user.
+    pub user: &'a str,
+    /// `$PATH` of the node's tools.
+    pub tool_path: &'a str,
+}
+
+/// A service unit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServiceUnit {
+    /// `kari.<ns>.<name>.<process>.<digest of text>.service`.
+    pub name: String,
+    /// The file's content.
+    pub text: String,
+    /// The digest of all that the text says but the port.
+    pub content: ContentDigest,
+}
+
+/// A service: same spec, same unit. Units of equal `content` differ at most in the port, and the one
+/// that runs need not be touched.
+pub fn service_unit(spec: &ServiceSpec<'_>) -> Result<ServiceUnit, UnitError> {
+    let text = service_text(spec, spec.port)?;
+    let content = service_text(spec, spec.port.map(|_| 0))?;
+    let digest = ContentDigest::of(text.as_bytes());
+    let name = format!(
+        "kari.{}.{}.{}.service",
+        spec.app,
+        spec.process.name,
+        &digest.as_str()[..UNIT_DIGEST_DIGITS]
+    );
+    Ok(ServiceUnit {
+        name,
+        text,
+        content: ContentDigest::of(content.as_bytes()),
+    })
+}
+
+fn service_text(spec: &ServiceSpec<'_>, port: Option<u16>) -> Result<String, UnitError> {
+    let ServiceSpec {
+        app,
+        process,
+        commit,
+        node,
+        env_file,
+        tree,
+        directory,
+        state,
+        user,
+        tool_path,
+        variables: _,
+        port: _,
+    } = *spec;
+    let wrong = |source| UnitError::Quote {
+        place: format!("process {}", process.name),
+        source,
+    };
+    let path = |path: &Path| quote::plain_path(path).map(str::to_owned).map_err(wrong);
+    if process.port.is_some() != port.is_some() {
+        return Err(UnitError::Port {
+            process: process.name.clone(),
+            wants: process.port.is_some(),
+        });
+    }
+
+    let mut settings = vec![
+        Setting::new(
+            "Type",
+            Value::Text(match process.process_type {
+                ProcessType::Simple => "exec".to_owned(),
+                ProcessType::Notify => "notify".to_owned(),
+            }),
+        ),
+        Setting::new("User", Value::Text(user.to_owned())),
+        Setting::new("Restart", Value::Text("always".to_owned())),
+        Setting::new("RestartSec", Value::Seconds(1)),
+        Setting::new("TimeoutStartSec", Value::Seconds(SERVICE_START_SECONDS)),
+        Setting::new("WorkingDirectory", Value::Text(APP_PATH.to_owned())),
+        Setting::new(
+            "BindReadOnlyPaths",
+            Value::Bind(path(tree)?, APP_PATH.to_owned()),
+        ),
+    ];
+    if process.process_type == ProcessType::Notify {
+        settings.push(Setting::new("NotifyAccess", Value::Text("main".to_owned())));
+    }
+    match process.termination_grace_period_seconds {
+        // No grace: to systemd a timeout of 0 means none.
+        0 => settings.extend([
+            Setting::new("KillSignal", Value::Text("SIGKILL".to_owned())),
+            Setting::new("TimeoutStopSec", Value::Seconds(1)),
+        ]),
+        seconds => settings.push(Setting::new("TimeoutStopSec", Value::Seconds(seconds))),
+    }
+    if let Some(state) = state {
+        settings.push(Setting::new(
+            "BindPaths",
+            Value::Bind(path(state)?, STATE_PATH.to_owned()),
+        ));
+    }
+    settings.extend(service_limits(process)?);
+    settings.extend(jail::service_jail(process.sandbox.as_ref()));
+
+    let mut assignments = vec![("PATH", tool_path), ("LANG", "C.UTF-8")];
+    let port_text = port.map(|port| port.to_string()).unwrap_or_default();
+    let mut own = own_variables(process, commit, node, app, state.is_some());
+    if let Some(port) = &process.port {
+        own.push((&port.env, &port_text));
+    }
+    assignments.append(&mut own);
+
+    let mut text = format!(
+        "# Made by Kari and never edited: its name carries the digest of its content.\n\
+         [Unit]\n\
+         Description=Kari: {} of {app}\n\
+         After=network.target nss-user-lookup.target\n\
+         StartLimitIntervalSec=0\n\
+         \n\
+         [Service]\n",
+        process.name
+    );
+    for line in settings.iter().filter_map(Setting::line) {
+        text.push_str(&line);
+        text.push('\n');
+    }
+    for (name, value) in assignments {
+        text.push_str(&format!(
+            "Environment={}\n",
+            quote::environment_assignment(name, value).map_err(wrong)?
+        ));
+    }
+    text.push_str(&format!("EnvironmentFile={}\n", path(env_file)?));
+
+    let expanded = expand_command(spec, &port_text)?;
+    quote::check_program(&expanded).map_err(wrong)?;
+    let mut words = vec![format!("--chdir={}", in_app(directory)), "--".to_owned()];
+    words.extend(expanded);
+    text.push_str(&format!(
+        "ExecStart={}\n",
+        quote::exec_line(ENV_PROGRAM, &words).map_err(wrong)?
+    ));
+    Ok(text)
+}
+
+/// Seconds in which a service must be executed, or have said READY=1.
+const SERVICE_START_SECONDS: u32 = 90;
+
+/// What Kari tells every process, and users cannot change: nothing that changes when the content does not.
+fn own_variables<'a>(
+    process: &'a Process,
+    commit: &'a Commit,
+    node: &'a NodeName,
+    app: &'a AppName,
+    has_state: bool,
+) -> Vec<(&'a str, &'a str)> {
+    let mut own = vec![
+        ("KARI_NAMESPACE", app.namespace()),
+        ("KARI_DEPLOYMENT", app.name()),
+        ("KARI_PROCESS", process.name.as_str()),
+        ("KARI_NODE", node.as_str()),
+        ("KARI_COMMIT", commit.as_str()),
+    ];
+    if has_state {
+        own.extend([("HOME", STATE_PATH), ("STATE_DIRECTORY", STATE_PATH)]);
+    } else {
+        own.push(("HOME", "/tmp"));
+    }
+    own
+}
+
+fn service_limits(process: &Process) -> Result<Vec<Setting>, UnitError> {
+    let default = ResourceLimits::default();
+    let limits = process
+        .resources
+        .as_ref()
+        .and_then(|resources| resources.limits.as_ref());
+    let ResourceLimits { cpu, memory, tasks } = limits.unwrap_or(&default);
+    let wrong = |source| UnitError::Quantity {
+        place: format!("process {}: resources.limits", process.name),
+        source,
+    };
+
+    let mut settings = vec![Setting::new(
+        "TasksMax",
+        Value::Number(u64::from(tasks.unwrap_or(DEFAULT_TASKS))),
+    )];
+    if let Some(cpu) = cpu {
+        settings.push(Setting::new(
+            "CPUQuota",
+            Value::CpuMillis(cpu.millis().map_err(wrong)?),
+        ));
+    }
+    if let Some(memory) = memory {
+        settings.push(Setting::new(
+            "MemoryMax",
+            Value::Number(memory.bytes().map_err(wrong)?),
+        ));
+        settings.push(Setting::new("MemorySwapMax", Value::Number(0)));
+    }
+    Ok(settings)
+}
+
+/// Replaces `$(NAME)` in a command as core/v1 does, but for unknown names, which are refused; `$$`
+/// stands for `$`.
+fn expand_command(spec: &ServiceSpec<'_>, port: &str) -> Result<Vec<String>, UnitError> {
+    let value_of = |name: &str| match &spec.process.port {
+        Some(variable) if variable.env == name => Some(port),
+        Some(_) | None => spec.variables.get(name).map(String::as_str),
+    };
+    spec.process
+        .command
+        .iter()
+        .map(|word| {
+            expand_word(word, value_of).map_err(|name| UnitError::UnknownVariable {
+                process: spec.process.name.clone(),
+                name,
+            })
+        })
+        .collect()
+}
+
+fn expand_word<'a>(
+    word: &str,
+    value_of: impl Fn(&str) -> Option<&'a str>,
+) -> Result<String, String> {
+    let mut expanded = String::with_capacity(word.len());
+    let mut rest = word;
+    while let Some((before, after)) = rest.split_once('$') {
+        expanded.push_str(before);
+        if let Some(after) = after.strip_prefix('$') {
+            expanded.push('$');
+            rest = after;
+        } else if let Some((name, after)) = after
+            .strip_prefix('(')
+            .and_then(|inner| inner.split_once(')'))
+        {
+            expanded.push_str(value_of(name).ok_or_else(|| name.to_owned())?);
+            rest = after;
+        } else {
+            expanded.push('$');
+            rest = after;
+        }
+    }
+    expanded.push_str(rest);
+    Ok(expanded)
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::api::deployment::ProcessResources;
+    use crate::api::quantity::{Cpu, Memory};
+
+    fn app() -> AppName {
+        AppName::new("web", "shop").unwrap()
+    }
+
+    fn commit() -> Commit {
+        Commit::parse(&"4b825dc0".repeat(5)).unwrap()
+    }
+
+    fn process(json: serde_json::Value) -> Process {
+        serde_json::from_value(json).unwrap()
+    }
+
+    fn variable(name: &str, value: &str) -> EnvVar {
+        EnvVar {
+            name: name.to_owned(),
+            value: value.to_owned(),
+        }
+    }
+
+    fn service(
+        process: &Process,
+        env: &[EnvVar],
+        port: Option<u16>,
+    ) -> Result<ServiceUnit, UnitError> {
+        let state = process
+            .state_directory
+            .then_some(Path::new("/var/lib/kari/apps/web.shop/state/web"));
+        service_unit(&ServiceSpec {
+            app: &app(),
+            process,
+            variables: &process_variables(env, process),
+            env_file: Path::new("/var/lib/kari/apps/web.shop/env/abc"),
+            port,
+            commit: &commit(),
+            node: &NodeName::new("n1"),
+            tree: Path::new("/var/lib/kari/apps/web.shop/builds/key"),
+            directory: Some("services/shop"),
+            state,
+            user: "kari-50001",
+            tool_path: "/usr/local/bin:/usr/bin:/bin",
+        })
+    }
+
+    #[test]
+    fn a_service_says_what_its_spec_does() {
+        let process = process(serde_json::json!({
+            "name": "web",
+            "command": ["./serve", "--port=$(PORT)", "--log", "$(LOG)", "$$(LOG)", "100%", "$HOME"],
+            "env": [{"name": "LOG", "value": "debug"}, {"name": "HOME", "value": "/mine"}],
+            "type": "Notify",
+            "port": {"env": "PORT"},
+            "terminationGracePeriodSeconds": 7,
+            "stateDirectory": true,
+        }));
+        let unit = service(
+            &process,
+            &[variable("LOG", "info"), variable("PORT", "1")],
+            Some(20_001),
+        )
+        .unwrap();
+        for line in [
+            "Type=notify",
+            "NotifyAccess=main",
+            "User=kari-50001",
+            "Restart=always",
+            "StartLimitIntervalSec=0",
+            "TimeoutStopSec=7",
+            "Slice=kari-apps.slice",
+            "SystemCallFilter=~@privileged @resources",
+            "TasksMax=512",
+            "BindReadOnlyPaths=/var/lib/kari/apps/web.shop/builds/key:/var/lib/kari/app",
+            "BindPaths=/var/lib/kari/apps/web.shop/state/web:/var/lib/kari/state",
+            "EnvironmentFile=/var/lib/kari/apps/web.shop/env/abc",
+            "Environment=\"PORT=20001\"",
+            "Environment=\"HOME=/var/lib/kari/state\"",
+            "Environment=\"KARI_DEPLOYMENT=shop\"",
+            r#"ExecStart=/usr/bin/env "--chdir=/var/lib/kari/app/services/shop" "--" "./serve" "--port=20001" "--log" "debug" "$$(LOG)" "100%%" "$$HOME""#,
+        ] {
+            assert!(
+                unit.text.lines().any(|l| l == line),
+                "{line}\n{}",
+                unit.text
+            );
+        }
+        assert!(!unit.text.contains("MemoryMax="), "no limit of its own");
+        let variables =
+            process_variables(&[variable("LOG", "info"), variable("PORT", "1")], &process);
+        assert_eq!(
+            variables,
+            BTreeMap::from([("LOG".to_owned(), "debug".to_owned())]),
+            "what Kari sets is not the user's"
+        );
+    }
+
+    #[test]
+    fn another_port_is_another_unit_of_the_same_content() {
+        let process = process(
+            serde_json::json!({"name": "web", "command": ["x", "$(PORT)"], "port": {"env": "PORT"}}),
+        );
+        let one = service(&process, &[], Some(20_001)).unwrap();
+        let two = service(&process, &[], Some(20_002)).unwrap();
+        assert_ne!(one.name, two.name);
+        assert_eq!(one.content, two.content);
+        let mut other = process.clone();
+        other.termination_grace_period_seconds = 31;
+        assert_ne!(
+            service(&other, &[], Some(20_001)).unwrap().content,
+            one.content
+        );
+        assert_eq!(service(&process, &[], Some(20_001)).unwrap(), one);
+    }
+
+    #[test]
+    fn limits_are_written_in_systemds_units() {
+        let mut process = process(serde_json::json!({"name": "web", "command": ["x"]}));
+        let limits = ResourceLimits {
+            cpu: Some(Cpu(IntOrString::String("1500m".to_owned()))),
+            memory: Some(Memory(IntOrString::String("256Mi".to_owned()))),
+            tasks: Some(9),
+        };
+        process.resources = Some(ProcessResources {
+            limits: Some(limits.clone()),
+        });
+        process.termination_grace_period_seconds = 0;
+        let text = service(&process, &[], None).unwrap().text;
+        for line in [
+            "CPUQuota=150.0%",
+            "MemoryMax=268435456",
+            "MemorySwapMax=0",
+            "TasksMax=9",
+            "KillSignal=SIGKILL",
+            "TimeoutStopSec=1",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line}\n{text}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_run_is_refused_and_named() {
+        let refused = |json, port| service(&process(json), &[], port).unwrap_err().to_string();
+        let with = |command: &[&str]| serde_json::json!({"name": "web", "command": command});
+        assert!(refused(with(&["x", "$(NOPE)"]), None).contains("process web: $(NOPE)"));
+        assert!(refused(with(&[""]), None).contains("name of a program"));
+        assert!(refused(with(&["A=1", "x"]), None).contains("without '='"));
+        assert!(refused(with(&["x", "a\0b"]), None).contains("NUL"));
+        assert!(refused(with(&["x"]), Some(1)).contains("no port"));
+        assert!(
+            refused(
+                serde_json::json!({"name": "web", "command": ["x"], "port": {"env": "P"}}),
+                None
+            )
+            .contains("a port")
+        );
+    }
+
+    #[test]
+    fn a_variable_in_a_command_expands_as_core_v1_says() {
+        let value_of = |name: &str| (name == "A").then_some("1");
+        for (word, expanded) in [
+            ("$(A)", Ok("1")),
+            ("x$(A)$(A)y", Ok("x11y")),
+            ("$$(A)", Ok("$(A)")),
+            ("$$$(A)", Ok("$1")),
+            ("$", Ok("$")),
+            ("$(A", Ok("$(A")),
+            ("$A ${A}", Ok("$A ${A}")),
+            ("$(B)", Err("B")),
+            ("$()", Err("")),
+        ] {
+            let expected = expanded.map(str::to_owned).map_err(str::to_owned);
+            assert_eq!(expand_word(word, value_of), expected, "{word}");
+        }
+    }
+
+    proptest! {
+        /// Whatever users write into a command and a directory, the unit has the same lines but for ExecStart.
+        #[test]
+        fn no_text_of_a_user_adds_a_directive(command in prop::collection::vec("[^\\x00$]{1,30}", 1..4), directory in "[^\\x00]{0,20}") {
+            prop_assume!(!command[0].contains('='));
+            let process = process(serde_json::json!({"name": "web", "command": command}));
+            let plain = process_with(&process, "d");
+            let odd = process_with(&process, &directory);
+            let names = |text: &str| text.lines().map(|l| l.split('=').next().unwrap_or_default().to_owned()).collect::<Vec<_>>();
+            prop_assert_eq!(names(&plain), names(&odd));
+            prop_assert_eq!(plain.lines().filter(|l| l.starts_with("Exec")).count(), 1);
+        }
+    }
+
+    fn process_with(process: &Process, directory: &str) -> String {
+        service_unit(&ServiceSpec {
+            app: &app(),
+            process,
+            variables: &BTreeMap::new(),
+            env_file: Path::new("/e"),
+            port: None,
+            commit: &commit(),
+            node: &NodeName::new("n1"),
+            tree: Path::new("/t"),
+            directory: Some(directory),
+            state: None,
+            user: "kari-50001",
+            tool_path: "/bin",
+        })
+        .unwrap()
+        .text
+    }
+}

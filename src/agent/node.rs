@@ -1,0 +1,222 @@
+//! What all apps of a node share: its store, its systemd, its proxy, its mirrors
+//! and its slots.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use kube::core::DeserializeGuard;
+use kube::runtime::reflector::{ObjectRef, Store as Reflected};
+use tokio::sync::Notify;
+
+use super::host::limits::Limits;
+use super::host::mirror::Mirrors;
+use super::host::proxy::{HostName, Proxy};
+use super::host::store::{Store, UnitFiles};
+use super::host::systemd::Systemd;
+use super::host::users::Users;
+use super::memory::Memory;
+use super::slots::Slots;
+use super::view::Wanted;
+use super::wanted::wanted;
+use crate::api::Release;
+use crate::api::names::{AppName, NodeName, release_name};
+use crate::runtime::supervise::Trigger;
+
+/// What all apps of a node share.
+pub struct Node {
+    /// The node's name.
+    pub name: NodeName,
+    /// `$PATH` of builds and processes.
+    pub tool_path: String,
+    /// Ports that processes may be given.
+    pub ports: RangeInclusive<u16>,
+    /// The disk.
+    pub store: Store,
+    /// /etc/systemd/system.
+    pub units: UnitFiles,
+    /// The node's user database.
+    pub users: Users,
+    /// systemd.
+    pub systemd: Systemd,
+    /// The proxy.
+    pub proxy: Proxy,
+    /// The mirrors.
+    pub mirrors: Mirrors,
+    /// Which limits were proven.
+    pub limits: Limits,
+    /// Wakes apps.
+    pub trigger: Trigger<AppName>,
+    /// The Releases of this node.
+    pub releases: Reflected<DeserializeGuard<Release>>,
+    /// Whether the first list of them is complete.
+    pub listed: AtomicBool,
+    /// The client, for statuses.
+    pub client: kube::Client,
+    /// The build slots.
+    pub slots: Mutex<Slots>,
+    /// One choice of ports at a time.
+    pub choosing: tokio::sync::Mutex<()>,
+    /// Hosts that apps have claimed and may not have published yet.
+    pub claims: Mutex<BTreeMap<AppName, Vec<HostName>>>,
+    /// Something lies in the trash.
+    pub trash: Notify,
+    memories: Mutex<HashMap<AppName, Arc<Mutex<Memory>>>>,
+}
+
+impl Node {
+    /// A node, with nothing remembered.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "made in one place, of parts that are made there"
+    )]
+    pub fn new(
+        (name, tool_path, ports): (NodeName, String, RangeInclusive<u16>),
+        (store, units, users): (Store, UnitFiles, Users),
+        (systemd, proxy, mirrors): (Systemd, Proxy, Mirrors),
+        limits: Limits,
+        trigger: Trigger<AppName>,
+        (client, releases): (kube::Client, Reflected<DeserializeGuard<Release>>),
+        build_slots: usize,
+    ) -> Self {
+        Self {
+            name,
+            tool_path,
+            ports,
+            store,
+            units,
+            users,
+            systemd,
+            proxy,
+            mirrors,
+            limits,
+            trigger,
+            releases,
+            listed: AtomicBool::new(false),
+            client,
+            slots: Mutex::new(Slots::new(build_slots)),
+            choosing: tokio::sync::Mutex::new(()),
+            claims: Mutex::new(BTreeMap::new()),
+            trash: Notify::new(),
+            memories: Mutex::new(HashMap::new()),
+        }
+    }
+
+    /// What is remembered of an app.
+    pub fn memory(&self, app: &AppName) -> Arc<Mutex<Memory>> {
+        Arc::clone(lock(&self.memories).entry(app.clone()).or_default())
+    }
+
+    /// Forgets an app that is gone.
+    pub fn forget(&self, app: &AppName) {
+        lock(&self.memories).remove(app);
+        lock(&self.claims).remove(app);
+        self.withdraw(app);
+    }
+
+    /// The Release of an app, if the API has one.
+    pub fn release(&self, app: &AppName) -> Option<Arc<DeserializeGuard<Release>>> {
+        let name = release_name(app.name(), &self.name);
+        let release = self
+            .releases
+            .get(&ObjectRef::new(&name).within(app.namespace()))?;
+        let is_ours = release
+            .0
+            .as_ref()
+            .map_or(true, |release| release.spec.node_name == self.name.as_str());
+        is_ours.then_some(release)
+    }
+
+    /// What the API wants of an app.
+    pub fn wanted(&self, app: &AppName) -> Wanted {
+        match self.release(app) {
+            Some(release) => wanted(&release),
+            None if self.listed.load(Ordering::Relaxed) => Wanted::Absent,
+            None => Wanted::Unknown,
+        }
+    }
+
+    /// Every app that the API, the disk or the agent knows of.
+    pub fn apps(&self) -> BTreeSet<AppName> {
+        let mut apps: BTreeSet<AppName> = lock(&self.memories).keys().cloned().collect();
+        apps.extend(self.store.apps().unwrap_or_default());
+        apps.extend(
+            self.releases
+                .state()
+                .iter()
+                .filter_map(|release| super::wanted::app_of(release, &self.name)),
+        );
+        apps
+    }
+
+    /// Wakes every app.
+    pub fn wake_all(&self) {
+        for app in self.apps() {
+            self.trigger.wake(app);
+        }
+    }
+
+    /// The app wants no build slot any more.
+    pub fn withdraw(&self, app: &AppName) {
+        if lock(&self.slots).withdraw(app) {
+            self.wake_waiting();
+        }
+    }
+
+    /// Those who wait for a build slot look again: one may be free.
+    pub fn wake_waiting(&self) {
+        let waiting = lock(&self.slots).order();
+        for app in waiting {
+            self.trigger.wake(app);
+        }
+    }
+
+    /// Claims hosts for an app; those that another app serves or has claimed are given back, and then
+    /// nothing is claimed.
+    pub fn claim(
+        &self,
+        app: &AppName,
+        hosts: &[HostName],
+        served: &BTreeMap<AppName, Vec<HostName>>,
+    ) -> Vec<(String, AppName)> {
+        let mut claims = lock(&self.claims);
+        let taken = |others: &BTreeMap<AppName, Vec<HostName>>| -> Vec<(String, AppName)> {
+            let conflicts = super::host::proxy::route_conflicts(app, hosts, others);
+            conflicts
+                .into_iter()
+                .map(|(host, other)| (host.to_string(), other.clone()))
+                .collect()
+        };
+        let mut conflicts = taken(served);
+        conflicts.extend(taken(&claims));
+        if conflicts.is_empty() {
+            claims.insert(app.clone(), hosts.to_vec());
+        }
+        conflicts
+    }
+
+    /// The file of an app's virtual host.
+    pub fn virtual_host_file(&self, app: &AppName) -> PathBuf {
+        self.store
+            .proxy()
+            .join("vhosts")
+            .join(format!("{app}.conf"))
+    }
+}
+
+/// A lock whose holder panicked still holds whole data: nothing here is changed half-way.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// CLOCK_MONOTONIC, which systemd's times are in too.
+pub fn monotonic() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    )
+}

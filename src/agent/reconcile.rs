@@ -1,0 +1,316 @@
+//! One app: observe, plan, apply, until nothing is left to do but wait; and the
+//! report of it, which is written by itself so that an API that hangs holds no
+//! app up.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kube::api::{Patch, PatchParams};
+use kube::{Api, Resource};
+
+use super::apply::{Halt, StepError, apply};
+use super::collect::collect;
+use super::host::proxy::DRAIN_LIMIT;
+use super::host::store::StoreError;
+use super::node::{Node, lock, monotonic};
+use super::observe::{ObserveError, observe};
+use super::plan::{Plan, Progress, plan};
+use super::status::{is_terminal, status};
+use super::view::Observed;
+use crate::api::names::{AppName, release_name};
+use crate::api::{GROUP, Release, ReleaseStatus, VERSION};
+use crate::runtime::error_chain;
+use crate::runtime::supervise::{Action, ReconcileError, Retry};
+
+/// Rounds of observing and doing in one run; a whole release takes a dozen, in several runs.
+const ROUNDS: usize = 40;
+
+/// How often an app is looked at though nothing says that it changed.
+const RESYNC: Duration = Duration::from_secs(60);
+
+/// How often what nothing refers to is looked for.
+const COLLECT_INTERVAL: Duration = Duration::from_secs(600);
+
+/// How long what was put right is told.
+const DRIFT_TOLD: Duration = Duration::from_secs(60);
+
+/// Between two writes of a status that tells of no end.
+const WRITE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The owner of what an agent writes, to the API server.
+const FIELD_MANAGER: &str = "kari-agent";
+
+/// Why a run ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// It could not be looked at.
+    #[error(transparent)]
+    Observe(#[from] ObserveError),
+    /// A step was not done.
+    #[error(transparent)]
+    Step(#[from] StepError),
+    /// Garbage.
+    #[error("cannot collect what nothing refers to")]
+    Collect(#[source] StoreError),
+}
+
+impl ReconcileError for AppError {
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Observe(_) => "Observe",
+            Self::Step(error) => error.failure().reason.as_str(),
+            Self::Collect(_) => "Collect",
+        }
+    }
+    fn retry(&self) -> Retry {
+        Retry::Backoff
+    }
+}
+
+/// One run for one app.
+pub async fn reconcile(
+    node: Arc<Node>,
+    reports: crate::runtime::supervise::Trigger<AppName>,
+    app: AppName,
+) -> Result<Action, AppError> {
+    keep_traffic(&node, &app).await;
+    let mut halted = None;
+    for _ in 0..ROUNDS {
+        let observed = observe(&node, &app).await?;
+        let plan = plan(&observed);
+        note_drift(&node, &observed, &plan);
+        // What is being put right this very moment is told when that is done, or cannot be.
+        if plan.steps.is_empty() || plan.progress != Progress::Idle || halted.is_some() {
+            report(&node, &reports, &observed, &plan);
+        }
+        if let Some(error) = halted {
+            return ended_by(error, &node, &observed, &plan);
+        }
+        if plan.steps.is_empty() {
+            return settle(&node, &observed, &plan).await;
+        }
+        match apply(&node, &observed, &plan.steps).await {
+            Ok(()) | Err(Halt::AttemptFailed) => {}
+            Err(Halt::HeldUp(error)) => halted = Some(error),
+        }
+    }
+    Ok(Action::After(Duration::from_millis(100)))
+}
+
+/// What is in force is published again every now and then, which measures it, and puts right what somebody
+/// changed. What cannot be found so is not known to be in force any more.
+async fn keep_traffic(node: &Node, app: &AppName) {
+    let memory = node.memory(app);
+    let now = monotonic();
+    let due = lock(&memory)
+        .in_force
+        .as_ref()
+        .filter(|in_force| now >= in_force.measured + RESYNC)
+        .map(|in_force| in_force.host.clone());
+    let Some(host) = due else { return };
+    let published = node.proxy.publish(&host).await;
+    let mut memory = lock(&memory);
+    match published {
+        Ok(old) => {
+            if let Some(in_force) = &mut memory.in_force {
+                in_force.measured = now;
+            }
+            if !old.is_empty() {
+                memory.drift = Some((format!("the proxy did not serve {app} as configured"), now));
+                memory.begin_drain(old, now + DRAIN_LIMIT);
+            }
+        }
+        Err(error) => {
+            tracing::warn!(%app, "the virtual host is not in force: {}", error_chain(&error));
+            memory.in_force = None;
+        }
+    }
+}
+
+/// A step failed for its surroundings. What holds the attempt up has a wait of its own, which another wish
+/// ends; anything else is the supervisor's to space.
+fn ended_by(
+    error: StepError,
+    node: &Node,
+    observed: &Observed,
+    plan: &Plan,
+) -> Result<Action, AppError> {
+    match (plan.wake, plan.steps.is_empty()) {
+        (Some(wake), true) => {
+            tracing::warn!(app = %observed.app, "held up: {}", error_chain(&error));
+            let _ = node;
+            Ok(Action::After(wake.saturating_sub(monotonic()).min(RESYNC)))
+        }
+        _ => Err(error.into()),
+    }
+}
+
+/// Nothing is to be done now: tidy up, and wait.
+async fn settle(node: &Arc<Node>, observed: &Observed, plan: &Plan) -> Result<Action, AppError> {
+    let app = &observed.app;
+    let is_known = observed.host.has_files || node.release(app).is_some();
+    if !is_known {
+        node.forget(app);
+        return Ok(Action::Done);
+    }
+    let memory = node.memory(app);
+    let is_quiet =
+        matches!(plan.progress, Progress::Idle | Progress::Failed(_)) && observed.host.has_files;
+    let due = lock(&memory)
+        .collected
+        .is_none_or(|last| observed.now >= last + COLLECT_INTERVAL);
+    if is_quiet && due {
+        lock(&memory).collected = Some(observed.now);
+        let folder = node.store.app(app);
+        let collected = tokio::task::spawn_blocking(move || collect(&folder)).await;
+        match collected {
+            Ok(Ok(0)) => {}
+            Ok(Ok(count)) => {
+                tracing::info!(%app, count, "moved what nothing refers to into the trash");
+                node.trash.notify_one();
+            }
+            Ok(Err(error)) => return Err(AppError::Collect(error)),
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    } else if !is_quiet {
+        // What the attempt leaves behind is looked for when it has ended.
+        lock(&memory).collected = None;
+    }
+    let wake = plan
+        .wake
+        .map_or(RESYNC, |wake| wake.saturating_sub(monotonic()).min(RESYNC));
+    Ok(Action::After(wake))
+}
+
+fn note_drift(node: &Node, observed: &Observed, plan: &Plan) {
+    let memory = node.memory(&observed.app);
+    let mut memory = lock(&memory);
+    if !plan.drift.is_empty() {
+        tracing::warn!(app = %observed.app, "the host is not as it was left: {}", plan.drift.join(", "));
+        memory.drift = Some((plan.drift.join(", "), observed.now));
+    }
+    memory.drift = memory
+        .drift
+        .take()
+        .filter(|(_, since)| observed.now < *since + DRIFT_TOLD);
+}
+
+/// Has the status written, if there is a Release to write it to.
+fn report(
+    node: &Node,
+    reports: &crate::runtime::supervise::Trigger<AppName>,
+    observed: &Observed,
+    plan: &Plan,
+) {
+    let Some(release) = node.release(&observed.app) else {
+        return;
+    };
+    let generation = release.meta().generation.unwrap_or_default();
+    let memory = node.memory(&observed.app);
+    let mut memory = lock(&memory);
+    let stands = release
+        .0
+        .as_ref()
+        .ok()
+        .and_then(|release| release.status.as_ref());
+    let before = match &memory.written {
+        Some((written, _)) => written.conditions.clone(),
+        None => stands
+            .map(|status| status.conditions.clone())
+            .unwrap_or_default(),
+    };
+    let drift = memory.drift.as_ref().map(|(what, _)| what.as_str());
+    let told = status(observed, plan, generation, &before, drift);
+    let terminal = is_terminal(&told);
+    if memory
+        .report
+        .as_ref()
+        .is_none_or(|(report, _)| *report != told)
+    {
+        memory.report = Some((told, terminal));
+    }
+    reports.wake(observed.app.clone());
+}
+
+/// Why a status was not written.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write the status of the Release")]
+pub struct ReportError(#[source] Box<kube::Error>);
+
+impl ReconcileError for ReportError {
+    fn reason(&self) -> &'static str {
+        "StatusNotWritten"
+    }
+    fn retry(&self) -> Retry {
+        Retry::Backoff
+    }
+}
+
+/// Writes an app's status, if it differs from what stands there: at most once a second, but for an end.
+pub async fn write_report(node: Arc<Node>, app: AppName) -> Result<Action, ReportError> {
+    let memory = node.memory(&app);
+    let Some(release) = node.release(&app) else {
+        return Ok(Action::Done);
+    };
+    let (told, written, terminal) = {
+        let memory = lock(&memory);
+        let Some((told, terminal)) = memory.report.clone() else {
+            return Ok(Action::Done);
+        };
+        (told, memory.written.clone(), terminal)
+    };
+    let stands = release
+        .0
+        .as_ref()
+        .ok()
+        .and_then(|release| release.status.clone())
+        .map(own_part);
+    let last = written
+        .as_ref()
+        .map(|(status, _)| status)
+        .or(stands.as_ref());
+    if last == Some(&told) {
+        return Ok(Action::Done);
+    }
+    let now = monotonic();
+    if let Some((_, at)) = &written
+        && !terminal
+        && now < *at + WRITE_INTERVAL
+    {
+        return Ok(Action::After(*at + WRITE_INTERVAL - now));
+    }
+    let name = release_name(app.name(), &node.name);
+    let body = serde_json::json!({
+        "apiVersion": format!("{GROUP}/{VERSION}"),
+        "kind": "Release",
+        "metadata": {"name": name},
+        "status": told,
+    });
+    let api: Api<Release> = Api::namespaced(node.client.clone(), app.namespace());
+    let parameters = PatchParams::apply(FIELD_MANAGER).force();
+    match api
+        .patch_status(&name, &parameters, &Patch::Apply(&body))
+        .await
+    {
+        Ok(_) => {
+            lock(&memory).written = Some((told, monotonic()));
+            // What was told meanwhile comes next.
+            Ok(Action::After(WRITE_INTERVAL))
+        }
+        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(Action::Done),
+        Err(error) => Err(ReportError(Box::new(error))),
+    }
+}
+
+/// What of a status is the agent's.
+fn own_part(status: ReleaseStatus) -> ReleaseStatus {
+    let conditions = status
+        .conditions
+        .into_iter()
+        .filter(|c| c.type_ != crate::api::conditions::REACHABLE)
+        .collect();
+    ReleaseStatus {
+        conditions,
+        ..status
+    }
+}

@@ -1,0 +1,102 @@
+//! From a Release to what is wanted: parsed once, here, into what the planner
+//! can take as valid.
+
+use kube::core::DeserializeGuard;
+use kube::{Resource, ResourceExt};
+
+use super::host::mirror::SourceUrl;
+use super::host::proxy::HostName;
+use super::host::records::{RecordedFailure, Wish};
+use super::view::Wanted;
+use crate::api::Release;
+use crate::api::names::{AppName, Commit, NodeName, ReleaseId, RevisionName, release_name};
+use crate::api::reasons::Reason;
+
+/// The app that a Release on this node is about; nothing for one that is another node's or cannot be told.
+pub fn app_of(object: &DeserializeGuard<Release>, node: &NodeName) -> Option<AppName> {
+    let namespace = object.namespace()?;
+    match &object.0 {
+        Ok(release) if release.spec.node_name == node.as_str() => {
+            AppName::new(&namespace, &release.spec.deployment).ok()
+        }
+        Ok(_) => None,
+        // It cannot be decoded, but its name tells the Deployment's where it is well formed.
+        Err(_) => {
+            let name = object.name_any();
+            let deployment = name.rsplit_once('-')?.0;
+            (release_name(deployment, node) == name)
+                .then(|| AppName::new(&namespace, deployment).ok())
+                .flatten()
+        }
+    }
+}
+
+/// What a Release wants.
+pub fn wanted(object: &DeserializeGuard<Release>) -> Wanted {
+    if object.meta().deletion_timestamp.is_some() {
+        return Wanted::Removal { keep_state: false };
+    }
+    let release = match &object.0 {
+        Ok(release) => release,
+        Err(error) => {
+            return invalid(
+                ReleaseId(uuid::Uuid::nil()),
+                format!(
+                    "this version of Kari cannot read the Release: {}",
+                    error.error
+                ),
+            );
+        }
+    };
+    match wish(release) {
+        Ok(wish) => Wanted::Release(Box::new(wish)),
+        Err(message) => invalid(release.spec.release_id, message),
+    }
+}
+
+fn invalid(release_id: ReleaseId, message: String) -> Wanted {
+    Wanted::Invalid {
+        release_id,
+        failure: RecordedFailure {
+            reason: Reason::InvalidSpec,
+            message,
+            log_tail: None,
+        },
+    }
+}
+
+fn wish(release: &Release) -> Result<Wish, String> {
+    let spec = &release.spec;
+    let namespace = release.namespace().unwrap_or_default();
+    let app = AppName::new(&namespace, &spec.deployment).map_err(|error| error.to_string())?;
+    let commit = Commit::parse(&spec.commit).map_err(|error| error.to_string())?;
+    SourceUrl::parse(&spec.template.source.url).map_err(|error| error.to_string())?;
+    for host in spec
+        .template
+        .processes
+        .iter()
+        .filter_map(|process| process.route.as_ref())
+        .flat_map(|route| &route.hosts)
+    {
+        HostName::parse(host).map_err(|error| error.to_string())?;
+    }
+    let owner = release
+        .owner_references()
+        .iter()
+        .find(|owner| owner.controller == Some(true));
+    Ok(Wish {
+        app,
+        deployment_uid: owner.map(|owner| owner.uid.clone()),
+        release_id: spec.release_id,
+        attempt: spec.attempt,
+        generation: release.metadata.generation.unwrap_or_default(),
+        revision: RevisionName::new(spec.revision.clone()),
+        commit,
+        template: spec.template.clone(),
+        retain: spec
+            .retain
+            .iter()
+            .map(|revision| RevisionName::new(revision.clone()))
+            .collect(),
+    })
+}

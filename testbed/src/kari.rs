@@ -1,0 +1,198 @@
+//! Kari's own parts: the controller in the lab, an agent in each node.
+//!
+//! Each runs with the credentials of its own ServiceAccount, never with the
+//! administrator's.
+
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use jiff::Timestamp;
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::{Api, Client};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use crate::{
+    cluster::NAMESPACE,
+    error::{Context, Error, Result},
+    network, node, plane,
+    process::{self, Process},
+    program,
+    state::{Description, Directory, NodeName, Part},
+    toolchains::{Toolchain, tool_path},
+    wait::{Seen, until},
+};
+
+/// How long a part may take to be ready: the agent's canary needs a few seconds
+/// on a busy machine.
+const READY_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long `nsenter` may take to have its child.
+const FORK_LIMIT: Duration = Duration::from_secs(5);
+
+/// The most that is read of an answer to a health request, in bytes.
+const ANSWER_LIMIT: u64 = 64 * 1024;
+
+/// The text that `kari crd` prints.
+pub fn crds() -> Result<String> {
+    process::run(Command::new(program::kari()?).arg("crd"))
+}
+
+/// Starts the controller.
+pub fn start_controller(directory: &Directory, description: &Description) -> Result<()> {
+    let namespace = network::namespace(directory, description)?;
+    let mut command = network::command(namespace.as_deref(), &program::kari()?);
+    command
+        .arg("controller")
+        .arg(format!("--namespace={NAMESPACE}"))
+        .arg(format!("--listen={}", description.addresses.controller))
+        .arg("--insecure-source-schemes") // the git server here speaks plain http
+        .args(&description.controller_arguments)
+        .env("KUBECONFIG", directory.join("controller/kubeconfig"));
+    pass_logging(&mut command);
+    let log = directory.log(Part::Controller);
+    let process = process::start(&command, &description.id, &log)?;
+    directory.record_process(Part::Controller, process)
+}
+
+/// Waits until the controller says that it is ready.
+pub async fn wait_controller(directory: &Directory, description: &Description) -> Result<()> {
+    let namespace = network::namespace(directory, description)?;
+    let address = description.addresses.controller;
+    let process = directory.process(Part::Controller)?;
+    until(
+        "the controller is not ready",
+        READY_LIMIT,
+        || directory.log_tail(Part::Controller),
+        async || {
+            let answer = async {
+                let mut stream = network::connect(namespace.clone(), address).await?;
+                let request =
+                    format!("GET /readyz HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+                let action = || format!("ask {address}/readyz");
+                stream.write_all(request.as_bytes()).await.context(action)?;
+                let mut text = Vec::new();
+                stream
+                    .take(ANSWER_LIMIT)
+                    .read_to_end(&mut text)
+                    .await
+                    .context(action)?;
+                Ok::<_, Error>(String::from_utf8_lossy(&text).into_owned())
+            };
+            if !process.is_some_and(Process::is_alive) {
+                return Seen::Never("its process ended".to_owned());
+            }
+            match answer.await {
+                Ok(text) if text.starts_with("HTTP/1.1 200") => Seen::Ready(()),
+                Ok(text) => Seen::NotYet(format!("/readyz answers {text:?}")),
+                Err(error) => Seen::NotYet(error.to_string()),
+            }
+        },
+    )
+    .await
+}
+
+/// Starts the agent of a node, as a plain process in all of the node's namespaces.
+pub fn start_agent(
+    directory: &Directory,
+    description: &Description,
+    toolchains: &[Toolchain],
+    name: NodeName,
+) -> Result<()> {
+    let init = node::init(directory, name)?;
+    let mut command = node::enter(description, init, node::KARI_PROGRAM);
+    command
+        .arg("agent")
+        .arg(format!("--node-name={name}"))
+        .arg(format!("--namespace={NAMESPACE}"))
+        .arg(format!("--tool-path={}", tool_path(toolchains)))
+        .arg(format!("--http-port={}", description.addresses.http_port))
+        .arg(format!("--listen={}", description.addresses.agent))
+        .args(&description.agent_arguments)
+        .env("KUBECONFIG", format!("{}/kubeconfig", node::CREDENTIALS));
+    pass_logging(&mut command);
+    let part = Part::Agent(name);
+    let entered = process::start(&command, &description.id, &directory.log(part))?;
+    // `nsenter` waits for the agent in a child: that one is the part.
+    let start = Instant::now();
+    let agent = loop {
+        if let Some(agent) = entered.child() {
+            break agent;
+        }
+        if !entered.is_alive() || start.elapsed() > FORK_LIMIT {
+            return Err(Error::State(format!(
+                "the agent of {name} did not start{}",
+                directory.log_tail(part)
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    };
+    directory.record_process(part, agent)
+}
+
+/// Waits until the agent of a node has renewed its Lease after `since`.
+pub async fn wait_agent(
+    client: &Client,
+    directory: &Directory,
+    name: NodeName,
+    since: Timestamp,
+) -> Result<()> {
+    let leases: Api<Lease> = Api::namespaced(client.clone(), NAMESPACE);
+    let agent = directory.process(Part::Agent(name))?;
+    let lease = format!("kari-agent-{name}");
+    until(
+        &format!("the agent of {name} is not ready"),
+        READY_LIMIT,
+        || directory.log_tail(Part::Agent(name)),
+        async || {
+            if !agent.is_some_and(Process::is_alive) {
+                return Seen::Never("its process ended".to_owned());
+            }
+            match leases.get_opt(&lease).await {
+                Ok(Some(found)) => {
+                    let renewed = found
+                        .spec
+                        .and_then(|spec| spec.renew_time)
+                        .map(|time| time.0);
+                    match renewed {
+                        Some(time) if time >= since => Seen::Ready(()),
+                        Some(time) => Seen::NotYet(format!("its Lease was last renewed at {time}")),
+                        None => Seen::NotYet("its Lease was never renewed".to_owned()),
+                    }
+                }
+                Ok(None) => Seen::NotYet(format!("there is no Lease {lease} yet")),
+                Err(error) => Seen::NotYet(error.to_string()),
+            }
+        },
+    )
+    .await
+}
+
+/// Starts the controller and every agent, and waits until all are ready.
+pub async fn start_all(
+    directory: &Directory,
+    description: &Description,
+    toolchains: &[Toolchain],
+) -> Result<()> {
+    let client = plane::client(directory).await?;
+    let since = Timestamp::now();
+    start_controller(directory, description)?;
+    for name in description.node_names() {
+        start_agent(directory, description, toolchains, name)?;
+    }
+    wait_controller(directory, description).await?;
+    for name in description.node_names() {
+        wait_agent(&client, directory, name, since).await?;
+    }
+    Ok(())
+}
+
+/// Hands on how much the caller wants to have logged.
+fn pass_logging(command: &mut Command) {
+    for name in ["RUST_LOG", "RUST_BACKTRACE"] {
+        if let Some(value) = std::env::var_os(name) {
+            command.env(name, value);
+        }
+    }
+}

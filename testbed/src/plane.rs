@@ -1,0 +1,198 @@
+//! The control plane: etcd, kube-apiserver and kube-controller-manager, each
+//! its own process that can be killed and started again alone.
+
+use std::{path::Path, process::Command, time::Duration};
+
+use kube::{
+    Client, Config,
+    config::{KubeConfigOptions, Kubeconfig},
+};
+
+use crate::{
+    error::{Context, Error, Result},
+    network,
+    pki::{self, Credentials},
+    process::{self, Process},
+    program::ControlPlane,
+    state::{Description, Directory, Network, Part, write_file},
+    wait::{Seen, until},
+};
+
+/// How long the API server may take, on a busy machine too: it needs 3 s.
+const APISERVER_LIMIT: Duration = Duration::from_secs(60);
+
+/// Writes the administrator's kubeconfigs: for the machine, and for the lab.
+pub fn write_kubeconfigs(directory: &Directory, description: &Description) -> Result<()> {
+    let address = description.addresses.apiserver;
+    let near = network::forwarded(directory, description, address)?;
+    for (path, server) in [
+        (directory.kubeconfig(), near),
+        (directory.pki("lab.kubeconfig"), address),
+    ] {
+        let text = pki::kubeconfig(directory, &server.to_string(), &Credentials::Administrator)?;
+        write_file(&path, text.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// A client with the administrator's credentials, of the calling task's runtime.
+pub async fn client(directory: &Directory) -> Result<Client> {
+    let path = directory.kubeconfig();
+    let parse = |reason: String| Error::Parse {
+        what: path.display().to_string(),
+        reason,
+    };
+    let kubeconfig = Kubeconfig::read_from(&path).map_err(|error| parse(error.to_string()))?;
+    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+        .await
+        .map_err(|error| parse(error.to_string()))?;
+    Client::try_from(config).context(|| "make a client of the API server".to_owned())
+}
+
+/// Starts etcd. It keeps its data in the testbed's folder.
+pub fn start_etcd(
+    directory: &Directory,
+    description: &Description,
+    plane: &ControlPlane,
+) -> Result<()> {
+    let client = format!("http://{}", description.addresses.etcd);
+    let peer = format!("http://{}", description.addresses.etcd_peer);
+    let arguments = [
+        format!("--data-dir={}", directory.join("etcd").display()),
+        // A testbed survives the end of etcd, not that of the machine.
+        "--unsafe-no-fsync".to_owned(),
+        format!("--listen-client-urls={client}"),
+        format!("--advertise-client-urls={client}"),
+        format!("--listen-peer-urls={peer}"),
+        format!("--initial-advertise-peer-urls={peer}"),
+        format!("--initial-cluster=default={peer}"),
+        "--log-level=warn".to_owned(),
+    ];
+    start(
+        directory,
+        description,
+        Part::Etcd,
+        &plane.required("etcd")?,
+        &arguments,
+    )
+    .map(drop)
+}
+
+/// Starts kube-apiserver.
+pub fn start_apiserver(
+    directory: &Directory,
+    description: &Description,
+    plane: &ControlPlane,
+) -> Result<()> {
+    let address = description.addresses.apiserver;
+    let file = |name: &str| directory.pki(name).display().to_string();
+    let mut arguments = vec![
+        format!("--etcd-servers=http://{}", description.addresses.etcd),
+        format!("--bind-address={}", address.ip()),
+        format!("--advertise-address={}", address.ip()),
+        format!("--secure-port={}", address.port()),
+        format!("--tls-cert-file={}", file("apiserver.crt")),
+        format!("--tls-private-key-file={}", file("apiserver.key")),
+        format!("--client-ca-file={}", file("ca.crt")),
+        format!("--service-account-key-file={}", file("tokens.pub")),
+        format!("--service-account-signing-key-file={}", file("tokens.key")),
+        "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
+        "--service-cluster-ip-range=10.96.0.0/16".to_owned(),
+        "--authorization-mode=Node,RBAC".to_owned(),
+        "--enable-admission-plugins=NodeRestriction".to_owned(),
+        "--allow-privileged".to_owned(),
+    ];
+    match description.network {
+        Network::Lab => {}
+        // Endpoints may not name a loopback address, and nobody asks for them here.
+        Network::Host => arguments.push("--endpoint-reconciler-type=none".to_owned()),
+    }
+    let program = plane.required("kube-apiserver")?;
+    start(
+        directory,
+        description,
+        Part::Apiserver,
+        &program,
+        &arguments,
+    )
+    .map(drop)
+}
+
+/// Waits until the API server says that it is ready.
+pub async fn wait_apiserver(directory: &Directory) -> Result<()> {
+    let client = client(directory).await?;
+    let server = directory.process(Part::Apiserver)?;
+    until(
+        "the API server is not ready",
+        APISERVER_LIMIT,
+        || directory.log_tail(Part::Apiserver),
+        async || {
+            if !server.is_some_and(Process::is_alive) {
+                return Seen::Never("its process ended".to_owned());
+            }
+            let request = http::Request::get("/readyz").body(Vec::new());
+            match request {
+                Ok(request) => match client.request_text(request).await {
+                    Ok(_) => Seen::Ready(()),
+                    Err(error) => Seen::NotYet(error.to_string()),
+                },
+                Err(error) => Seen::Never(error.to_string()),
+            }
+        },
+    )
+    .await
+}
+
+/// Starts kube-controller-manager, where there is one. Its garbage collector
+/// learns the kinds of objects when it starts, so the CRDs come before it.
+pub fn start_controller_manager(
+    directory: &Directory,
+    description: &Description,
+    plane: &ControlPlane,
+) -> Result<()> {
+    let Some(program) = plane.component("kube-controller-manager") else {
+        return Ok(());
+    };
+    let address = description.addresses.controller_manager;
+    let kubeconfig = directory.pki("lab.kubeconfig").display().to_string();
+    let arguments = [
+        format!("--kubeconfig={kubeconfig}"),
+        format!("--authentication-kubeconfig={kubeconfig}"),
+        format!("--authorization-kubeconfig={kubeconfig}"),
+        format!("--bind-address={}", address.ip()),
+        format!("--secure-port={}", address.port()),
+        "--leader-elect=false".to_owned(),
+        // There is no kubelet: nodes would be found dead and tainted.
+        "--controllers=*,-node-lifecycle-controller".to_owned(),
+        "--kube-api-qps=500".to_owned(),
+        "--kube-api-burst=1000".to_owned(),
+        format!("--root-ca-file={}", directory.pki("ca.crt").display()),
+        format!(
+            "--service-account-private-key-file={}",
+            directory.pki("tokens.key").display()
+        ),
+    ];
+    start(
+        directory,
+        description,
+        Part::ControllerManager,
+        &program,
+        &arguments,
+    )
+    .map(drop)
+}
+
+fn start(
+    directory: &Directory,
+    description: &Description,
+    part: Part,
+    program: &Path,
+    arguments: &[String],
+) -> Result<Process> {
+    let namespace = network::namespace(directory, description)?;
+    let mut command: Command = network::command(namespace.as_deref(), program);
+    command.args(arguments);
+    let process = process::start(&command, &description.id, &directory.log(part))?;
+    directory.record_process(part, process)?;
+    Ok(process)
+}

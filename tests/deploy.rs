@@ -1,0 +1,340 @@
+//! From `kubectl apply` to a served request, and what a user is told on the way.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test ends where something is not as it must be"
+)]
+
+mod support;
+
+use serde_json::json;
+use support::{DEPLOY_LIMIT, LIMIT, Space, app, folder, is, reason, until};
+
+const NODE: &str = "n1";
+
+async fn space(topic: &str) -> Space {
+    Space::new(support::testbed(1).await, topic).await
+}
+
+#[tokio::test]
+async fn an_applied_manifest_is_built_served_and_described() {
+    let space = space("apply").await;
+    let files = folder(&app::files("one"));
+    let repository = space.push("shop", files.path());
+    space
+        .apply(&app::with_build(
+            app::manifest("shop", &repository.url, "apply.example.com"),
+            "echo built > mark",
+        ))
+        .await;
+    let deployment = space.ready_at("shop", &repository.commit).await;
+    assert_eq!(
+        space.get(NODE, "apply.example.com").await,
+        Ok((200, "one".into()))
+    );
+
+    let status = deployment.status.expect("a status");
+    let nodes = status.nodes.expect("counts");
+    assert_eq!(
+        (nodes.summary.as_str(), nodes.updated, nodes.failed),
+        ("1/1", 1, 0)
+    );
+    assert_eq!(
+        status.source.expect("a source").short_commit,
+        repository.commit[..7]
+    );
+    assert_eq!(status.last_good_revision, status.revision);
+    assert!(
+        status.active.is_empty(),
+        "a finished rollout holds a slot: {:?}",
+        status.active
+    );
+    assert!(is(&status.conditions, "Stalled", "False"));
+
+    let columns = space
+        .testbed
+        .kubectl(["get", "kd", "-n", &space.namespace])
+        .await
+        .expect("kubectl");
+    for column in [
+        "READY",
+        "UP-TO-DATE",
+        "COMMIT",
+        "STATUS",
+        "AGE",
+        "1/1",
+        "Deployed",
+    ] {
+        assert!(columns.contains(column), "no {column} in:\n{columns}");
+    }
+    let wait = [
+        "wait",
+        "--for=condition=Ready",
+        "--timeout=30s",
+        "kd/shop",
+        "-n",
+        &space.namespace,
+    ];
+    space
+        .testbed
+        .kubectl(wait)
+        .await
+        .expect("kubectl wait sees Ready");
+    until("an event says Deployed", LIMIT, || async {
+        let events = space
+            .testbed
+            .kubectl(["get", "events", "-n", &space.namespace])
+            .await
+            .map_err(|e| e.to_string())?;
+        if events.contains("Deployed") {
+            Ok(())
+        } else {
+            Err(events)
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_second_commit_replaces_the_first() {
+    let space = space("second").await;
+    let files = folder(&app::files("one"));
+    let first = space.push("shop", files.path());
+    space
+        .apply(&app::manifest("shop", &first.url, "second.example.com"))
+        .await;
+    space.ready_at("shop", &first.commit).await;
+    support::write(files.path(), &[("message", "two")]);
+    let second = space.push("shop", files.path());
+    assert_ne!(first.commit, second.commit);
+    space.request_look("shop").await;
+    space.ready_at("shop", &second.commit).await;
+    assert_eq!(
+        space.get(NODE, "second.example.com").await,
+        Ok((200, "two".into()))
+    );
+    let release = space.release_until("shop", NODE, "Running", LIMIT, |r| {
+        let status = r.status.clone().unwrap_or_default();
+        status
+            .serving
+            .is_some_and(|s| s.release_id == r.spec.release_id)
+            && is(&status.conditions, "Ready", "True")
+    });
+    assert_eq!(release.await.spec.attempt, 2);
+    until("only the new service of the app is left", LIMIT, || async {
+        let pattern = format!("kari.{}.shop.*.service", space.namespace);
+        let units = space
+            .on(
+                NODE,
+                &[
+                    "systemctl",
+                    "list-units",
+                    "--all",
+                    "--plain",
+                    "--no-legend",
+                    &pattern,
+                ],
+            )
+            .await;
+        if units.lines().count() == 1 {
+            Ok(())
+        } else {
+            Err(units)
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_change_of_the_environment_alone_does_not_build_again() {
+    let space = space("env").await;
+    let files = folder(&app::files("unused"));
+    let repository = space.push("shop", files.path());
+    let build = "cat /proc/sys/kernel/random/uuid > message";
+    let mut manifest = app::with_build(
+        app::manifest("shop", &repository.url, "env.example.com"),
+        build,
+    );
+    space.apply(&manifest).await;
+    space.ready_at("shop", &repository.commit).await;
+    let (_, built) = space.get(NODE, "env.example.com").await.expect("an answer");
+    manifest["spec"]["env"] = json!([{"name": "MESSAGE", "value": "from the environment"}]);
+    space.apply(&manifest).await;
+    space.ready_at("shop", &repository.commit).await;
+    assert_eq!(
+        space.get(NODE, "env.example.com").await,
+        Ok((200, "from the environment".into()))
+    );
+    manifest["spec"]["env"] = json!([]);
+    space.apply(&manifest).await;
+    space.ready_at("shop", &repository.commit).await;
+    assert_eq!(
+        space.get(NODE, "env.example.com").await,
+        Ok((200, built)),
+        "the build ran again"
+    );
+}
+
+#[tokio::test]
+async fn a_suspended_deployment_starts_nothing_until_it_is_resumed() {
+    let space = space("suspend").await;
+    let files = folder(&app::files("one"));
+    let repository = space.push("shop", files.path());
+    let mut manifest = app::manifest("shop", &repository.url, "suspend.example.com");
+    manifest["spec"]["suspend"] = json!(true);
+    space.apply(&manifest).await;
+    space
+        .deployment_until("shop", "Suspended", LIMIT, |d| {
+            d.status
+                .as_ref()
+                .is_some_and(|s| reason(&s.conditions, "Ready") == "Suspended")
+        })
+        .await;
+    let releases = space
+        .releases()
+        .list(&Default::default())
+        .await
+        .expect("a list");
+    assert!(
+        releases.items.is_empty(),
+        "a suspended Deployment was given to a node"
+    );
+    manifest["spec"]["suspend"] = json!(false);
+    space.apply(&manifest).await;
+    space.ready_at("shop", &repository.commit).await;
+}
+
+#[tokio::test]
+async fn a_reference_that_is_not_there_is_stalled_and_goes_on_by_itself_when_it_is() {
+    let space = space("ref").await;
+    let files = folder(&app::files("one"));
+    let repository = space.push("shop", files.path());
+    let mut manifest = app::manifest("shop", &repository.url, "ref.example.com");
+    manifest["spec"]["source"]["git"]["ref"] = json!({"tag": "v1"});
+    space.apply(&manifest).await;
+    let stalled = space
+        .deployment_until("shop", "Stalled", LIMIT, |d| {
+            d.status
+                .as_ref()
+                .is_some_and(|s| is(&s.conditions, "Stalled", "True"))
+        })
+        .await;
+    let conditions = stalled.status.expect("a status").conditions;
+    assert_eq!(reason(&conditions, "Stalled"), "RefNotFound");
+    let message = &conditions
+        .iter()
+        .find(|c| c.type_ == "Stalled")
+        .expect("Stalled")
+        .message;
+    assert!(
+        message.contains("v1"),
+        "the message does not name the tag: {message}"
+    );
+    manifest["spec"]["source"]["git"]["ref"] = json!({"commit": repository.commit});
+    space.apply(&manifest).await;
+    space.ready_at("shop", &repository.commit).await;
+}
+
+#[tokio::test]
+async fn a_source_that_is_away_later_changes_no_node() {
+    let space = space("away").await;
+    let files = folder(&app::files("one"));
+    let repository = space.push("shop", files.path());
+    space
+        .apply(&app::manifest("shop", &repository.url, "away.example.com"))
+        .await;
+    space.ready_at("shop", &repository.commit).await;
+    let before = space
+        .releases()
+        .list(&Default::default())
+        .await
+        .expect("a list")
+        .items;
+    // A branch of the same repository that is not there: the look-up answers, and finds nothing.
+    let mut manifest = app::manifest("shop", &repository.url, "away.example.com");
+    manifest["spec"]["source"]["git"]["ref"] = json!({"branch": "gone"});
+    space.apply(&manifest).await;
+    space
+        .deployment_until("shop", "RefNotFound", LIMIT, |d| {
+            d.status
+                .as_ref()
+                .is_some_and(|s| reason(&s.conditions, "Stalled") == "RefNotFound")
+        })
+        .await;
+    let after = space
+        .releases()
+        .list(&Default::default())
+        .await
+        .expect("a list")
+        .items;
+    assert_eq!(before[0].spec, after[0].spec);
+    assert_eq!(
+        space.get(NODE, "away.example.com").await,
+        Ok((200, "one".into()))
+    );
+}
+
+#[tokio::test]
+async fn a_placement_that_matches_no_node_says_so_and_leaving_it_takes_the_app_away() {
+    let space = space("place").await;
+    let files = folder(&app::files("one"));
+    let repository = space.push("shop", files.path());
+    let mut manifest = app::manifest("shop", &repository.url, "place.example.com");
+    space.apply(&manifest).await;
+    space.ready_at("shop", &repository.commit).await;
+    manifest["spec"]["placement"]["nodeSelector"] = json!({"kari.dev/pool": "elsewhere"});
+    space.apply(&manifest).await;
+    space
+        .deployment_until("shop", "NoMatchingNodes", DEPLOY_LIMIT, |d| {
+            d.status
+                .as_ref()
+                .is_some_and(|s| reason(&s.conditions, "Ready") == "NoMatchingNodes")
+        })
+        .await;
+    until("the node serves the host no more", LIMIT, || async {
+        match space.get(NODE, "place.example.com").await {
+            Ok((404 | 421, _)) => Ok(()),
+            other => Err(other),
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn one_host_name_belongs_to_one_deployment_of_a_node() {
+    let space = space("host").await;
+    let files = folder(&app::files("first"));
+    let repository = space.push("shop", files.path());
+    space
+        .apply(&app::manifest("first", &repository.url, "host.example.com"))
+        .await;
+    space.ready_at("first", &repository.commit).await;
+    let mut manifest = app::manifest("second", &repository.url, "host.example.com");
+    manifest["spec"]["env"] = json!([{"name": "MESSAGE", "value": "second"}]);
+    space.apply(&manifest).await;
+    let told = space
+        .release_until("second", NODE, "told of the conflict", LIMIT, |r| {
+            r.status
+                .as_ref()
+                .and_then(|s| s.attempt.as_ref())
+                .and_then(|a| a.failure.as_ref())
+                .is_some_and(|f| f.reason == "RouteConflict")
+        })
+        .await;
+    let message = told
+        .status
+        .and_then(|s| s.attempt)
+        .and_then(|a| a.failure)
+        .expect("a failure")
+        .message;
+    assert!(
+        message.contains("host.example.com") && message.contains("first"),
+        "{message}"
+    );
+    assert_eq!(
+        space.get(NODE, "host.example.com").await,
+        Ok((200, "first".into()))
+    );
+}

@@ -1,0 +1,686 @@
+//! What the API server refuses and what it takes: the schema, asked of a real one.
+
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test ends where something is not as it must be"
+)]
+
+mod support;
+
+use kari::api::Deployment;
+use kube::api::{Api, DynamicObject, Patch, PatchParams, PostParams};
+use kube::core::{ApiResource, GroupVersionKind};
+use serde_json::{Value, json};
+
+/// A manifest that uses every field, to be broken in one place at a time.
+fn good() -> Value {
+    json!({
+        "apiVersion": "kari.dev/v1alpha1",
+        "kind": "Deployment",
+        "metadata": {"name": "shop"},
+        "spec": {
+            "placement": {
+                "nodeSelector": {"kari.dev/pool": "web"},
+                "matchExpressions": [{"key": "disk", "operator": "In", "values": ["ssd"]}],
+            },
+            "source": {"git": {
+                "url": "https://git.example.com/shop.git",
+                "ref": {"branch": "main"},
+                "directory": "services/shop",
+                "intervalSeconds": 60,
+            }},
+            "env": [{"name": "LOG", "value": "info"}],
+            "build": {
+                "run": "npm ci\nnpm run build",
+                "env": [{"name": "npm_config_cache", "value": ".cache/npm"}],
+                "network": true,
+                "timeoutSeconds": 900,
+                "resources": {"limits": {"cpu": "2", "memory": "2Gi", "tasks": 512}},
+            },
+            "processes": [{
+                "name": "web",
+                "command": ["node", "dist/server.js"],
+                "env": [{"name": "MODE", "value": "web"}],
+                "type": "Simple",
+                "port": {"env": "PORT"},
+                "readinessProbe": {"httpGet": {"path": "/healthz"}, "periodSeconds": 2, "timeoutSeconds": 1},
+                "resources": {"limits": {"cpu": "500m", "memory": "256Mi", "tasks": 128}},
+                "terminationGracePeriodSeconds": 30,
+                "stateDirectory": true,
+                "sandbox": {"writablePaths": ["/srv/shop"], "addressFamilies": ["AF_INET"], "capabilities": ["CAP_NET_BIND_SERVICE"], "deny": ["JIT"]},
+                "route": {"hosts": ["shop.example.com"]},
+            }],
+            "strategy": {"switch": "BlueGreen", "maxUnavailable": 1, "minReadySeconds": 10, "progressDeadlineSeconds": 1800},
+            "keepReleases": 2,
+            "revisionHistoryLimit": 10,
+            "suspend": false,
+        },
+    })
+}
+
+/// The good manifest with the value at a JSON pointer replaced, added or, by null, taken away.
+fn with(pointer: &str, value: Value) -> Value {
+    let mut manifest = good();
+    let (parent, key) = pointer.rsplit_once('/').expect("a pointer has a slash");
+    let parent = manifest
+        .pointer_mut(parent)
+        .unwrap_or_else(|| panic!("{pointer}: no such place"));
+    match parent {
+        Value::Object(map) if value.is_null() => {
+            map.remove(key);
+        }
+        Value::Object(map) => {
+            map.insert(key.to_owned(), value);
+        }
+        Value::Array(items) => {
+            let index: usize = key.parse().expect("an index");
+            if index == items.len() {
+                items.push(value)
+            } else {
+                items[index] = value
+            }
+        }
+        _ => panic!("{pointer}: not a place for a value"),
+    }
+    manifest
+}
+
+const PROCESS: &str = "/spec/processes/0";
+const GIT: &str = "/spec/source/git";
+
+/// What is broken, how, and what the message must say.
+fn bad() -> Vec<(&'static str, Value, &'static str)> {
+    let process = |field: &str, value: Value| with(&format!("{PROCESS}/{field}"), value);
+    let git = |field: &str, value: Value| with(&format!("{GIT}/{field}"), value);
+    let mut second = good().pointer(PROCESS).cloned().expect("a process");
+    second["name"] = json!("worker");
+    let sandbox = |value: Value| with(&format!("{PROCESS}/sandbox"), value);
+    vec![
+        (
+            "a name with a dot",
+            with("/metadata/name", json!("shop.web")),
+            "at most 52 characters without dots",
+        ),
+        (
+            "a name of 53 characters",
+            with("/metadata/name", json!("a".repeat(53))),
+            "at most 52 characters without dots",
+        ),
+        (
+            "no placement",
+            with("/spec/placement", Value::Null),
+            "spec.placement: Required value",
+        ),
+        (
+            "no node selector",
+            with("/spec/placement/nodeSelector", Value::Null),
+            "spec.placement.nodeSelector: Required value",
+        ),
+        (
+            "a label key with a space",
+            with("/spec/placement/nodeSelector", json!({"a b": "c"})),
+            "a key that is not a label key",
+        ),
+        (
+            "a label value with a slash",
+            with("/spec/placement/nodeSelector", json!({"a": "b/c"})),
+            "nodeSelector.a",
+        ),
+        (
+            "In without values",
+            with("/spec/placement/matchExpressions/0/values", Value::Null),
+            "In and NotIn need values",
+        ),
+        (
+            "Exists with values",
+            with(
+                "/spec/placement/matchExpressions/0/operator",
+                json!("Exists"),
+            ),
+            "Exists and DoesNotExist take no values",
+        ),
+        (
+            "Gt with a word",
+            with("/spec/placement/matchExpressions/0/operator", json!("Gt")),
+            "Gt and Lt need exactly one value",
+        ),
+        (
+            "an unknown operator",
+            with("/spec/placement/matchExpressions/0/operator", json!("Like")),
+            "Unsupported value: \"Like\"",
+        ),
+        (
+            "no source",
+            with("/spec/source", Value::Null),
+            "spec.source: Required value",
+        ),
+        (
+            "an empty source",
+            with("/spec/source", json!({})),
+            "set exactly one kind of source: git",
+        ),
+        (
+            "a url without a path",
+            git("url", json!("https://git.example.com")),
+            "must be https://host/path, ssh://",
+        ),
+        (
+            "a url with a space",
+            git("url", json!("https://git.example.com/a b")),
+            "must be https://host/path, ssh://",
+        ),
+        (
+            "an ext url",
+            git("url", json!("ext::sh -c id")),
+            "must be https://host/path, ssh://",
+        ),
+        (
+            "a file url",
+            git("url", json!("file:///srv/git/shop.git")),
+            "must be https://host/path, ssh://",
+        ),
+        (
+            "a url whose host is an option",
+            git("url", json!("ssh://-oProxyCommand=id/x")),
+            "must be https://host/path, ssh://",
+        ),
+        (
+            "a url with a password",
+            git("url", json!("https://me:secret@git.example.com/shop.git")),
+            "must not contain a user name or password",
+        ),
+        (
+            "a url with a user for https",
+            git("url", json!("https://me@git.example.com/shop.git")),
+            "must not contain a user name or password",
+        ),
+        (
+            "a url that is too long",
+            git("url", json!(format!("https://h/{}", "a".repeat(1024)))),
+            "Too long",
+        ),
+        (
+            "two kinds of reference",
+            git("ref", json!({"branch": "main", "tag": "v1"})),
+            "set exactly one of branch, tag, name, commit",
+        ),
+        (
+            "no kind of reference",
+            git("ref", json!({})),
+            "set exactly one of branch, tag, name, commit",
+        ),
+        (
+            "a branch that is an option",
+            git("ref", json!({"branch": "--upload-pack=id"})),
+            "branch is not a valid git ref name",
+        ),
+        (
+            "a branch with two dots",
+            git("ref", json!({"branch": "a..b"})),
+            "branch is not a valid git ref name",
+        ),
+        (
+            "a branch with a space",
+            git("ref", json!({"branch": "a b"})),
+            "branch is not a valid git ref name",
+        ),
+        (
+            "a tag with a caret",
+            git("ref", json!({"tag": "v1^"})),
+            "tag is not a valid git ref name",
+        ),
+        (
+            "a short commit",
+            git("ref", json!({"commit": "4b825dc"})),
+            "ref.commit",
+        ),
+        (
+            "a commit in capitals",
+            git("ref", json!({"commit": "A".repeat(40)})),
+            "ref.commit",
+        ),
+        (
+            "a reference name outside refs/",
+            git("ref", json!({"name": "heads/main"})),
+            "ref.name",
+        ),
+        (
+            "a directory that leaves the tree",
+            git("directory", json!("a/../../etc")),
+            "must be a relative path without '..' parts",
+        ),
+        (
+            "an absolute directory",
+            git("directory", json!("/etc")),
+            "must be a relative path without '..' parts",
+        ),
+        (
+            "a directory with a newline",
+            git("directory", json!("a\nExecStart=/bin/sh")),
+            "git.directory",
+        ),
+        (
+            "an interval of a second",
+            git("intervalSeconds", json!(1)),
+            "greater than or equal to 10",
+        ),
+        (
+            "a variable that starts with a digit",
+            with("/spec/env/0/name", json!("1LOG")),
+            "spec.env[0].name",
+        ),
+        (
+            "a variable of Kari's own",
+            with("/spec/env/0/name", json!("KARI_NODE")),
+            "names that start with KARI_ are Kari's own",
+        ),
+        (
+            "a variable named twice",
+            with("/spec/env/1", json!({"name": "LOG", "value": "b"})),
+            "Duplicate value",
+        ),
+        (
+            "a value with NUL",
+            with("/spec/env/0/value", json!("a\u{0}b")),
+            "spec.env[0].value",
+        ),
+        (
+            "a value that is too long",
+            with("/spec/env/0/value", json!("a".repeat(16385))),
+            "Too long",
+        ),
+        (
+            "a build with run and command",
+            with("/spec/build/command", json!(["make"])),
+            "set exactly one of run, command",
+        ),
+        (
+            "a build with neither",
+            with("/spec/build/run", Value::Null),
+            "set exactly one of run, command",
+        ),
+        (
+            "a build timeout of a second",
+            with("/spec/build/timeoutSeconds", json!(1)),
+            "greater than or equal to 10",
+        ),
+        (
+            "a quantity of CPU that is none",
+            with("/spec/build/resources/limits/cpu", json!("two")),
+            "limits.cpu",
+        ),
+        (
+            "a quantity of memory that is none",
+            with("/spec/build/resources/limits/memory", json!("2Zi")),
+            "limits.memory",
+        ),
+        (
+            "no tasks at all",
+            with("/spec/build/resources/limits/tasks", json!(0)),
+            "greater than or equal to 1",
+        ),
+        (
+            "no processes",
+            with("/spec/processes", json!([])),
+            "should have at least 1 items",
+        ),
+        (
+            "two processes of one name",
+            with(
+                "/spec/processes/1",
+                good().pointer(PROCESS).cloned().expect("a process"),
+            ),
+            "Duplicate value",
+        ),
+        (
+            "two processes with one host",
+            with("/spec/processes/1", second),
+            "two processes route the same host",
+        ),
+        (
+            "a process name in capitals",
+            process("name", json!("Web")),
+            "processes[0].name",
+        ),
+        (
+            "a process name of 33 characters",
+            process("name", json!("a".repeat(33))),
+            "Too long",
+        ),
+        (
+            "no command",
+            process("command", json!([])),
+            "should have at least 1 items",
+        ),
+        (
+            "a command that starts with a variable",
+            process("command", json!(["A=b", "c"])),
+            "the first word of a command names a program",
+        ),
+        (
+            "a command with a control character",
+            process("command", json!(["sh", "\u{1b}[2J"])),
+            "command[1]",
+        ),
+        (
+            "an unknown type",
+            process("type", json!("Forking")),
+            "Unsupported value: \"Forking\"",
+        ),
+        (
+            "a route without port",
+            process("port", Value::Null),
+            "a process with a route needs port",
+        ),
+        (
+            "a port variable that env sets",
+            process("env", json!([{"name": "PORT", "value": "1"}])),
+            "env must not set the variable that port.env names",
+        ),
+        (
+            "a port variable of Kari's own",
+            process("port", json!({"env": "KARI_PORT"})),
+            "names that start with KARI_ are Kari's own",
+        ),
+        (
+            "a probe of two kinds",
+            process("readinessProbe", json!({"httpGet": {}, "tcpSocket": {}})),
+            "set exactly one of httpGet, tcpSocket",
+        ),
+        (
+            "a probe of no kind",
+            process("readinessProbe", json!({})),
+            "set exactly one of httpGet, tcpSocket",
+        ),
+        (
+            "a probe that outlasts its period",
+            process(
+                "readinessProbe",
+                json!({"tcpSocket": {}, "timeoutSeconds": 5}),
+            ),
+            "timeoutSeconds must not exceed periodSeconds",
+        ),
+        (
+            "a probe path without a slash",
+            process("readinessProbe", json!({"httpGet": {"path": "healthz"}})),
+            "httpGet.path",
+        ),
+        (
+            "a probe header with a newline",
+            process(
+                "readinessProbe",
+                json!({"httpGet": {"httpHeaders": [{"name": "A", "value": "b\r\nC: d"}]}}),
+            ),
+            "httpHeaders[0].value",
+        ),
+        (
+            "a grace period of two hours",
+            process("terminationGracePeriodSeconds", json!(7200)),
+            "less than or equal to 3600",
+        ),
+        (
+            "a writable /etc",
+            sandbox(json!({"writablePaths": ["/etc"]})),
+            "is a path that no service may write",
+        ),
+        (
+            "a writable path of Kari's own",
+            sandbox(json!({"writablePaths": ["/var/lib/kari/apps"]})),
+            "is a path that no service may write",
+        ),
+        (
+            "a writable path with dots",
+            sandbox(json!({"writablePaths": ["/srv/../etc"]})),
+            "must be an absolute path without '.' and '..' parts",
+        ),
+        (
+            "a capability that none may have",
+            sandbox(json!({"capabilities": ["CAP_SYS_ADMIN"]})),
+            "Unsupported value: \"CAP_SYS_ADMIN\"",
+        ),
+        (
+            "a port without internet sockets",
+            sandbox(json!({"addressFamilies": ["AF_UNIX"]})),
+            "a process with a port needs AF_INET or AF_INET6",
+        ),
+        (
+            "raw sockets without a family",
+            sandbox(json!({"capabilities": ["CAP_NET_RAW"]})),
+            "CAP_NET_RAW needs addressFamilies",
+        ),
+        (
+            "a host that is a rule of nginx",
+            process("route", json!({"hosts": ["a.test; return 200 x"]})),
+            "route.hosts[0]",
+        ),
+        (
+            "a host in capitals",
+            process("route", json!({"hosts": ["Shop.example.com"]})),
+            "route.hosts[0]",
+        ),
+        (
+            "a route without hosts",
+            process("route", json!({"hosts": []})),
+            "should have at least 1 items",
+        ),
+        (
+            "a way to switch that there is not",
+            with("/spec/strategy/switch", json!("Canary")),
+            "Unsupported value: \"Canary\"",
+        ),
+        (
+            "no node at a time",
+            with("/spec/strategy/maxUnavailable", json!(0)),
+            "greater than or equal to 1",
+        ),
+        (
+            "no percent of the nodes",
+            with("/spec/strategy/maxUnavailable", json!("0%")),
+            "maxUnavailable",
+        ),
+        (
+            "a number of nodes in quotes",
+            with("/spec/strategy/maxUnavailable", json!("25")),
+            "maxUnavailable",
+        ),
+        (
+            "a deadline before the end of the bake",
+            with("/spec/strategy/progressDeadlineSeconds", json!(10)),
+            "progressDeadlineSeconds must be greater than minReadySeconds",
+        ),
+        (
+            "21 old builds",
+            with("/spec/keepReleases", json!(21)),
+            "less than or equal to 20",
+        ),
+        (
+            "no history",
+            with("/spec/revisionHistoryLimit", json!(0)),
+            "greater than or equal to 1",
+        ),
+        (
+            "a field that is not in the schema",
+            with("/spec/source/git/submodules", json!(true)),
+            "unknown field \"spec.source.git.submodules\"",
+        ),
+    ]
+}
+
+/// Manifests that are taken, each with what is particular about it.
+fn accepted() -> Vec<(&'static str, Value)> {
+    let git = |field: &str, value: Value| with(&format!("{GIT}/{field}"), value);
+    vec![
+        ("every field", good()),
+        (
+            "every node",
+            with("/spec/placement", json!({"nodeSelector": {}})),
+        ),
+        (
+            "an scp-like url",
+            git("url", json!("git@git.example.com:shop.git")),
+        ),
+        (
+            "an ssh url with a port",
+            git("url", json!("ssh://git@git.example.com:2222/shop.git")),
+        ),
+        ("a tag", git("ref", json!({"tag": "v1.2.3"}))),
+        (
+            "a commit",
+            git(
+                "ref",
+                json!({"commit": "4b825dc642cb6eb9a060e54bf8d69288fbee4904"}),
+            ),
+        ),
+        (
+            "a full reference",
+            git("ref", json!({"name": "refs/pull/7/head"})),
+        ),
+        ("no build, no strategy, no reference", {
+            let mut manifest = git("ref", Value::Null);
+            let spec = manifest["spec"].as_object_mut().expect("a spec");
+            spec.remove("build");
+            spec.remove("strategy");
+            manifest
+        }),
+        (
+            "a worker without port",
+            with(PROCESS, json!({"name": "worker", "command": ["./worker"]})),
+        ),
+        (
+            "numbers for quantities",
+            with(
+                "/spec/build/resources/limits",
+                json!({"cpu": 2, "memory": 268435456}),
+            ),
+        ),
+        (
+            "a quarter of the nodes",
+            with("/spec/strategy/maxUnavailable", json!("25%")),
+        ),
+        (
+            "a wildcard host",
+            with(
+                &format!("{PROCESS}/route"),
+                json!({"hosts": ["*.example.com"]}),
+            ),
+        ),
+        (
+            "an environment value of several lines",
+            with("/spec/env/0/value", json!("a\n$b\t\"c\" %d")),
+        ),
+    ]
+}
+
+fn api(client: kube::Client, namespace: &str) -> Api<DynamicObject> {
+    let kind = ApiResource::from_gvk_with_plural(
+        &GroupVersionKind::gvk("kari.dev", "v1alpha1", "Deployment"),
+        "deployments",
+    );
+    Api::namespaced_with(client, namespace, &kind)
+}
+
+#[tokio::test]
+async fn bad_manifests_are_refused_with_a_message_that_says_what_to_change() {
+    let testbed = support::control_plane().await;
+    let api = api(testbed.client().await.expect("a client"), "default");
+    let cases = bad();
+    assert!(cases.len() >= 50);
+    let mut wrong = Vec::new();
+    for (what, manifest, expected) in cases {
+        let object: DynamicObject = serde_json::from_value(manifest).expect("an object");
+        let parameters = PostParams {
+            dry_run: true,
+            field_manager: None,
+        };
+        // Strict, as kubectl asks for it: an unknown field is an error.
+        match strict_create(&api, &parameters, &object).await {
+            Ok(()) => wrong.push(format!("{what}: taken")),
+            Err(message) if message.contains(expected) => {}
+            Err(message) => wrong.push(format!("{what}: refused, but with: {message}")),
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[tokio::test]
+async fn good_manifests_are_taken_and_read_back() {
+    let space = support::Space::new(support::control_plane().await, "schema").await;
+    let api = api(space.client.clone(), &space.namespace);
+    for (number, (what, mut manifest)) in accepted().into_iter().enumerate() {
+        manifest["metadata"]["name"] = json!(format!("good-{number}"));
+        let object: DynamicObject = serde_json::from_value(manifest).expect("an object");
+        if let Err(error) = strict_create(&api, &PostParams::default(), &object).await {
+            panic!("{what}: {error}");
+        }
+        let typed: Api<Deployment> = space.deployments();
+        let stored = typed
+            .get(&format!("good-{number}"))
+            .await
+            .unwrap_or_else(|e| panic!("{what}: {e}"));
+        assert_eq!(
+            stored.status.map(|s| s.observed_generation),
+            Some(-1),
+            "{what}: kstatus must not call an unseen object Current"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_reference_changes_its_kind_by_server_side_apply_and_by_merge() {
+    let space = support::Space::new(support::control_plane().await, "schema").await;
+    let api = api(space.client.clone(), &space.namespace);
+    let parameters = PatchParams::apply("test").force();
+    let kinds = [
+        json!({"branch": "main"}),
+        json!({"tag": "v1"}),
+        json!({"commit": "a".repeat(40)}),
+        Value::Null,
+        json!({"name": "refs/heads/x"}),
+    ];
+    for reference in &kinds {
+        let manifest = with(&format!("{GIT}/ref"), reference.clone());
+        api.patch("shop", &parameters, &Patch::Apply(&manifest))
+            .await
+            .unwrap_or_else(|e| panic!("apply {reference}: {e}"));
+    }
+    // What client-side apply sends: a merge patch that clears what the last manifest had.
+    for (patch, what) in [
+        (json!({"name": null, "tag": "v2"}), "name to tag"),
+        (json!({"tag": null, "branch": "dev"}), "tag to branch"),
+    ] {
+        let patch = json!({"spec": {"source": {"git": {"ref": patch}}}});
+        api.patch("shop", &PatchParams::default(), &Patch::Merge(&patch))
+            .await
+            .unwrap_or_else(|e| panic!("{what}: {e}"));
+    }
+    for build in [json!({"command": ["make"]}), json!({"run": "make"})] {
+        let manifest = with("/spec/build", build.clone());
+        api.patch("shop", &parameters, &Patch::Apply(&manifest))
+            .await
+            .unwrap_or_else(|e| panic!("apply {build}: {e}"));
+    }
+}
+
+async fn strict_create(
+    api: &Api<DynamicObject>,
+    parameters: &PostParams,
+    object: &DynamicObject,
+) -> Result<(), String> {
+    let request = kube::core::Request::new(api.resource_url());
+    let body = serde_json::to_vec(object).map_err(|e| e.to_string())?;
+    let mut request = request
+        .create(parameters, body)
+        .map_err(|e| e.to_string())?;
+    let uri = request.uri().to_string();
+    let separator = if uri.contains('?') { '&' } else { '?' };
+    *request.uri_mut() = format!("{uri}{separator}fieldValidation=Strict")
+        .parse()
+        .expect("a URI with one more parameter");
+    api.clone()
+        .into_client()
+        .request::<Value>(request)
+        .await
+        .map(drop)
+        .map_err(|e| e.to_string())
+}

@@ -1,0 +1,328 @@
+//! What every behaviour test needs: one testbed per test binary, a namespace of
+//! its own for each test, an app to deploy, and waiting with a deadline that
+//! says what was seen.
+
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "each test binary uses a part of this, and a test ends where something is not as it must be"
+)]
+
+pub mod app;
+pub mod traffic;
+
+use std::fmt::Debug;
+use std::future::Future;
+use std::net::{SocketAddr, SocketAddrV4};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Namespace;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kari::api::names::{NodeName, release_name};
+use kari::api::{Deployment, Release};
+use kube::Client;
+use kube::api::{Api, ObjectMeta, Patch, PatchParams, PostParams};
+use serde_json::Value;
+use testbed::{Options, Repository, Testbed};
+use tokio::net::TcpStream;
+use tokio::sync::OnceCell;
+
+/// How long a deployment may take, build included; it takes seconds on an idle machine.
+pub const DEPLOY_LIMIT: Duration = Duration::from_secs(120);
+/// How long anything may take that needs no build.
+pub const LIMIT: Duration = Duration::from_secs(60);
+/// Between two looks at a thing that is waited for.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Lines of the controller's log that a test which failed shows.
+const LOG_LINES: usize = 20;
+
+static TESTBED: OnceCell<Testbed> = OnceCell::const_new();
+
+/// The binary's testbed with `nodes` nodes and all of Kari; every call of one binary asks for as many.
+pub async fn testbed(nodes: u8) -> &'static Testbed {
+    bring_up(Options {
+        nodes,
+        ..Options::default()
+    })
+    .await
+}
+
+/// The binary's testbed with a control plane and its definitions, without Kari.
+pub async fn control_plane() -> &'static Testbed {
+    bring_up(Options {
+        kari: false,
+        ..Options::default()
+    })
+    .await
+}
+
+async fn bring_up(options: Options) -> &'static Testbed {
+    TESTBED
+        .get_or_init(|| async { Testbed::up(options).await.unwrap_or_else(|e| panic!("{e}")) })
+        .await
+}
+
+/// A namespace of the test's own, and what it is asked through.
+pub struct Space {
+    /// The binary's testbed.
+    pub testbed: &'static Testbed,
+    /// The administrator's client.
+    pub client: Client,
+    /// The namespace's name.
+    pub namespace: String,
+}
+
+impl Space {
+    /// A new namespace; its name has `topic` in it, so that a failing test's objects are found.
+    pub async fn new(testbed: &'static Testbed, topic: &str) -> Self {
+        let client = testbed.client().await.expect("a client of the API server");
+        let name = format!(
+            "{topic}-{}",
+            &uuid::Uuid::new_v4().simple().to_string()[..6]
+        );
+        let namespace = Namespace {
+            metadata: ObjectMeta {
+                name: Some(name.clone()),
+                ..ObjectMeta::default()
+            },
+            ..Namespace::default()
+        };
+        let namespaces: Api<Namespace> = Api::all(client.clone());
+        namespaces
+            .create(&PostParams::default(), &namespace)
+            .await
+            .expect("a namespace");
+        Self {
+            testbed,
+            client,
+            namespace: name,
+        }
+    }
+
+    /// The namespace's Deployments.
+    pub fn deployments(&self) -> Api<Deployment> {
+        Api::namespaced(self.client.clone(), &self.namespace)
+    }
+
+    /// The namespace's Releases.
+    pub fn releases(&self) -> Api<Release> {
+        Api::namespaced(self.client.clone(), &self.namespace)
+    }
+
+    /// Commits the folder's files to `main` of a repository of this namespace.
+    pub fn push(&self, name: &str, folder: &Path) -> Repository {
+        let name = format!("{}-{name}", self.namespace);
+        self.testbed
+            .git_repository(&name, folder, "a change")
+            .unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    /// Applies a manifest as a user of kubectl does.
+    pub async fn apply(&self, manifest: &Value) -> Deployment {
+        let name = manifest["metadata"]["name"].as_str().expect("a name");
+        let parameters = PatchParams::apply("test").force();
+        self.deployments()
+            .patch(name, &parameters, &Patch::Apply(manifest))
+            .await
+            .unwrap_or_else(|e| panic!("apply {name}: {e}"))
+    }
+
+    /// Asks the controller to look at the source now.
+    pub async fn request_look(&self, name: &str) {
+        self.annotate(name, "kari.dev/requestedAt").await;
+    }
+
+    /// Sets an annotation to a value that it never had.
+    pub async fn annotate(&self, name: &str, annotation: &str) {
+        let value = uuid::Uuid::new_v4().to_string();
+        let patch = serde_json::json!({"metadata": {"annotations": {annotation: value}}});
+        self.deployments()
+            .patch(name, &PatchParams::default(), &Patch::Merge(&patch))
+            .await
+            .unwrap_or_else(|e| panic!("annotate {name}: {e}"));
+    }
+
+    /// Waits until the Deployment is Ready at `commit`.
+    pub async fn ready_at(&self, name: &str, commit: &str) -> Deployment {
+        self.deployment_until(name, &format!("Ready at {commit}"), DEPLOY_LIMIT, |d| {
+            let status = d.status.clone().unwrap_or_default();
+            let served = status.source.is_some_and(|s| s.commit == commit);
+            served
+                && is(&status.conditions, "Ready", "True")
+                && is(&status.conditions, "Reconciling", "False")
+                && Some(status.observed_generation) == d.metadata.generation
+        })
+        .await
+    }
+
+    /// Waits until the Deployment is as `wanted` says.
+    pub async fn deployment_until(
+        &self,
+        name: &str,
+        what: &str,
+        limit: Duration,
+        wanted: impl Fn(&Deployment) -> bool,
+    ) -> Deployment {
+        let api = self.deployments();
+        until(&format!("{name} is {what}"), limit, || async {
+            let deployment = api.get(name).await.map_err(|e| e.to_string())?;
+            if wanted(&deployment) {
+                return Ok(deployment);
+            }
+            let releases = api_releases(&self.releases()).await;
+            let log = self
+                .testbed
+                .logs(testbed::Part::Controller)
+                .unwrap_or_else(|e| e.to_string());
+            let log: Vec<_> = log
+                .lines()
+                .filter(|line| line.contains(&self.namespace))
+                .collect();
+            let log = log[log.len().saturating_sub(LOG_LINES)..].join("\n");
+            Err(format!(
+                "{}\n{releases}\n{log}",
+                text_of(&deployment.status)
+            ))
+        })
+        .await
+    }
+
+    /// Waits until the Release of a Deployment on a node is as `wanted` says.
+    pub async fn release_until(
+        &self,
+        name: &str,
+        node: &str,
+        what: &str,
+        limit: Duration,
+        wanted: impl Fn(&Release) -> bool,
+    ) -> Release {
+        let api = self.releases();
+        let release = release_name(name, &NodeName::new(node));
+        until(&format!("{release} is {what}"), limit, || async {
+            let release = api.get(&release).await.map_err(|e| e.to_string())?;
+            if wanted(&release) {
+                Ok(release)
+            } else {
+                Err(text_of(&release.status))
+            }
+        })
+        .await
+    }
+
+    /// GETs `/` of a host from a node's proxy, as a client on the network does.
+    pub async fn get(&self, node: &str, host: &str) -> Result<(u16, String), String> {
+        let lab = Lab(self.testbed);
+        traffic::get_once(&lab, self.proxy(node), host, "/").await
+    }
+
+    /// The address of a node's proxy.
+    pub fn proxy(&self, node: &str) -> SocketAddr {
+        let ip = self
+            .testbed
+            .node(node)
+            .unwrap_or_else(|e| panic!("{e}"))
+            .ip();
+        SocketAddrV4::new(ip, 80).into()
+    }
+
+    /// What a command prints in a node; the test fails if it does.
+    pub async fn on(&self, node: &str, words: &[&str]) -> String {
+        let node = self.testbed.node(node).unwrap_or_else(|e| panic!("{e}"));
+        node.output(words)
+            .await
+            .unwrap_or_else(|e| panic!("{words:?}: {e}"))
+    }
+}
+
+async fn api_releases(api: &Api<Release>) -> String {
+    match api.list(&Default::default()).await {
+        Err(error) => error.to_string(),
+        Ok(list) => list
+            .iter()
+            .map(|r| {
+                format!(
+                    "{}: {}\n",
+                    r.metadata.name.clone().unwrap_or_default(),
+                    text_of(&r.status)
+                )
+            })
+            .collect(),
+    }
+}
+
+/// JSON, for people who read why a test failed.
+pub fn text_of(value: &impl serde::Serialize) -> String {
+    serde_json::to_string_pretty(value).unwrap_or_default()
+}
+
+/// Whether a condition has a status.
+pub fn is(conditions: &[Condition], kind: &str, status: &str) -> bool {
+    conditions
+        .iter()
+        .any(|c| c.type_ == kind && c.status == status)
+}
+
+/// The reason of a condition; empty if there is none.
+pub fn reason(conditions: &[Condition], kind: &str) -> String {
+    conditions
+        .iter()
+        .find(|c| c.type_ == kind)
+        .map(|c| c.reason.clone())
+        .unwrap_or_default()
+}
+
+/// Looks again and again until `look` is content, and fails with what it saw last when the time is over.
+pub async fn until<T, F: Future<Output = Result<T, impl Debug>>>(
+    what: &str,
+    limit: Duration,
+    mut look: impl FnMut() -> F,
+) -> T {
+    let deadline = tokio::time::Instant::now() + limit;
+    let mut ticks = tokio::time::interval(LOOK);
+    loop {
+        ticks.tick().await;
+        match look().await {
+            Ok(value) => return value,
+            Err(seen) if tokio::time::Instant::now() > deadline => panic!(
+                "not within {limit:?}: {what}; seen last:\n{}",
+                format!("{seen:?}")
+                    .replace("\\n", "\n")
+                    .replace("\\\"", "\"")
+            ),
+            Err(_) => {}
+        }
+    }
+}
+
+/// Connections from within the testbed's network.
+#[derive(Clone)]
+pub struct Lab(pub &'static Testbed);
+
+impl traffic::Connect for Lab {
+    async fn connect(&self, to: SocketAddr) -> std::io::Result<TcpStream> {
+        let SocketAddr::V4(to) = to else {
+            return Err(std::io::Error::other("the lab has no IPv6"));
+        };
+        self.0.lab_connect(to).await.map_err(std::io::Error::other)
+    }
+}
+
+/// A folder of the test's own, gone with it.
+pub fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().expect("a folder");
+    write(folder.path(), files);
+    folder
+}
+
+/// Writes files into a folder.
+pub fn write(folder: &Path, files: &[(&str, &str)]) {
+    for (name, content) in files {
+        let path: PathBuf = folder.join(name);
+        std::fs::create_dir_all(path.parent().expect("a parent")).expect("a folder");
+        std::fs::write(&path, content).expect("a file");
+    }
+}

@@ -34,6 +34,9 @@ const BOOT_LIMIT: Duration = Duration::from_secs(60);
 /// How long a node may take to shut down by itself: systemd gives a service 90 s.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(120);
 
+/// How long a node's bus may take to answer.
+const BUS_LIMIT: Duration = Duration::from_secs(5);
+
 /// How long a killed node may take to be gone.
 const END_LIMIT: Duration = Duration::from_secs(20);
 
@@ -48,6 +51,20 @@ pub const KARI_PROGRAM: &str = "/opt/kari/kari";
 
 /// Where the agent's kubeconfig and token are in a node.
 pub const CREDENTIALS: &str = "/run/kari-testbed";
+
+/// Makes sure that a folder can hold the layers of nodes.
+pub fn check_file_system(path: &Path) -> Result<()> {
+    /// OVERLAYFS_SUPER_MAGIC of the kernel's linux/magic.h.
+    const OVERLAY: i64 = 0x794c_7630;
+    let file_system = rustix::fs::statfs(path).context(|| format!("look at {}", path.display()))?;
+    if file_system.f_type == OVERLAY {
+        return Err(Error::State(format!(
+            "{} is on an overlay file system, which cannot hold another overlay's layers: name a folder on a disk or a tmpfs with --dir, in a container for instance below /dev/shm",
+            path.display()
+        )));
+    }
+    Ok(())
+}
 
 /// Makes the folders of a node, before its first boot.
 pub fn create(
@@ -77,7 +94,13 @@ pub fn create(
         .iter()
         .map(|(source, target)| format!("{}\t{}\n", source.display(), target.display()))
         .collect();
-    write_file(&folder.join("binds"), text.as_bytes())
+    write_file(&folder.join("binds"), text.as_bytes())?;
+    let libraries: String = toolchains
+        .iter()
+        .filter_map(Toolchain::libraries)
+        .map(|libraries| format!("{}\n", libraries.display()))
+        .collect();
+    write_file(&folder.join("libraries"), libraries.as_bytes())
 }
 
 /// Boots a node and waits until systemd says that all enabled units were
@@ -106,6 +129,7 @@ pub async fn boot(directory: &Directory, description: &Description, name: NodeNa
             format!("kari-testbed-{}-{name}", description.id),
         )
         .env("NODE_BINDS", folder.join("binds"))
+        .env("NODE_LIBRARIES", folder.join("libraries"))
         .env(
             "NODE_ADDRESS",
             format!("{}/24", description.node_address(name)),
@@ -222,7 +246,17 @@ pub fn bus_address(init: Process) -> String {
 }
 
 /// What systemd says of the node as a whole: `running`, `degraded`, `starting`, …
-pub async fn system_state(init: Process) -> zbus::Result<String> {
+///
+/// # Errors
+/// Why it cannot be asked, for people.
+pub async fn system_state(init: Process) -> std::result::Result<String, String> {
+    match tokio::time::timeout(BUS_LIMIT, ask_system_state(init)).await {
+        Ok(state) => state.map_err(|error| error.to_string()),
+        Err(_elapsed) => Err(format!("no answer within {} s", BUS_LIMIT.as_secs())),
+    }
+}
+
+async fn ask_system_state(init: Process) -> zbus::Result<String> {
     let bus = zbus::connection::Builder::address(bus_address(init).as_str())
         .build()
         .await?;
@@ -236,7 +270,7 @@ pub async fn system_state(init: Process) -> zbus::Result<String> {
         )
         .await?;
     let value: zbus::OwnedVariant = answer.body().deserialize()?;
-    Ok(String::try_from(value)?)
+    String::try_from(value)
 }
 
 /// Removes the cgroups of a node that has ended.

@@ -6,6 +6,7 @@
 #   NODE_DIR          the node's folder: upper/ work/ root/ kari/ credentials/
 #   NODE_GROUP        name of its cgroup in each hierarchy
 #   NODE_BINDS        file with a read-only bind a line: SOURCE TAB TARGET
+#   NODE_LIBRARIES    file with a folder of shared libraries a line, as the node sees it
 #   LAB_NETNS         the lab's network namespace; empty: the machine's network is shared
 #   NODE_ADDRESS      address and prefix length in the lab
 #   KARI_TESTBED      id of the testbed, kept in the environment of PID 1
@@ -33,10 +34,11 @@ readonly MASKED="
 # its accounting stays), below the root in version 2, where only the root may
 # hold processes beside cgroups with controllers. The list is what `down` removes.
 enter_cgroups() {
-  local controllers path hierarchy group controller
+  local controllers path hierarchy group controller available
   : >"$NODE_DIR/cgroups"
   if [ "$(stat -f -c %T /sys/fs/cgroup)" = cgroup2fs ]; then
-    for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
+    read -ra available </sys/fs/cgroup/cgroup.controllers
+    for controller in "${available[@]}"; do
       echo "+$controller" >/sys/fs/cgroup/cgroup.subtree_control || echo "cgroup controller $controller is not delegated: limits that need it are not enforced"
     done
     echo "/sys/fs/cgroup/$NODE_GROUP" >"$NODE_DIR/cgroups"
@@ -150,6 +152,13 @@ mount_own() {
   done <"$NODE_BINDS"
 }
 
+# A program that was told where its libraries are finds them where they are bound.
+add_libraries() {
+  [ -s "$NODE_LIBRARIES" ] || return 0
+  cat "$NODE_LIBRARIES" >"$1/etc/ld.so.conf.d/00-toolchains.conf"
+  chroot "$1" ldconfig
+}
+
 # The first boot only: none of the machine's own services, logs and users'
 # tables are the node's. What apps enable later is kept by the upper layer.
 prepare_system() {
@@ -173,7 +182,6 @@ prepare_system() {
     rm -f "$etc/resolv.conf"
     cat "$root/run/.resolv.conf" >"$etc/resolv.conf"
   fi
-  : >"$NODE_DIR/prepared"
 }
 
 init() {
@@ -191,6 +199,8 @@ init() {
   mount_root "$root"
   [ -e "$NODE_DIR/prepared" ] || prepare_system "$root"
   mount_own "$root"
+  [ -e "$NODE_DIR/prepared" ] || add_libraries "$root"
+  : >"$NODE_DIR/prepared"
   mkdir "$root/run/.old"
   cd "$root"
   pivot_root . run/.old

@@ -7,8 +7,10 @@
 
 use std::{
     fs::{self, OpenOptions},
+    io::Read,
     path::Path,
     process::{Command, Stdio},
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -19,6 +21,9 @@ use crate::error::{Context, Error, Result};
 
 /// The environment variable that holds the testbed's id in each of its processes.
 pub const ID_VARIABLE: &str = "KARI_TESTBED";
+
+/// How long a command may take that is run to its end.
+const RUN_LIMIT: Duration = Duration::from_secs(300);
 
 /// How often a process is looked at while its end is awaited.
 const END_POLL: Duration = Duration::from_millis(5);
@@ -150,33 +155,70 @@ pub fn start(command: &Command, id: &str, log: &Path) -> Result<Process> {
     std::thread::spawn(move || child.wait());
     process.ok_or_else(|| {
         Error::State(format!(
-            "{} ended at once: see {}",
+            "{} ended at once{}",
             program.to_string_lossy(),
-            log.display()
+            log_tail(log)
         ))
     })
 }
 
-/// Runs a command to its end and returns what it printed.
+/// The end of a log for a message, with its path; empty where there is none.
+pub fn log_tail(log: &Path) -> String {
+    const LINES: usize = 15;
+    let Ok(text) = fs::read(log) else {
+        return String::new();
+    };
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    let tail = lines[lines.len().saturating_sub(LINES)..].join("\n  ");
+    format!("\nthe end of {}:\n  {tail}", log.display())
+}
+
+/// Runs a command to its end, for at most 300 s, and returns what it printed.
 pub fn run(command: &mut Command) -> Result<String> {
     let line = std::iter::once(command.get_program())
         .chain(command.get_args())
         .map(|word| word.to_string_lossy())
         .collect::<Vec<_>>()
         .join(" ");
-    let output = command
+    let action = || format!("run `{line}`");
+    let mut child = command
         .stdin(Stdio::null())
-        .output()
-        .context(|| format!("run `{line}`"))?;
-    if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context(action)?;
+    let printed = read_aside(child.stdout.take());
+    let said = read_aside(child.stderr.take());
+    let start = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait().context(action)? {
+            break status;
+        }
+        if start.elapsed() > RUN_LIMIT {
+            child.kill().context(action)?;
+            child.wait().context(action)?;
+            return Err(Error::NotReady {
+                what: format!("`{line}` did not end"),
+                limit: RUN_LIMIT,
+                seen: format!("it printed {:?}", printed.join().unwrap_or_default()),
+                log: String::new(),
+            });
+        }
+        std::thread::sleep(END_POLL);
+    };
+    let text = |reader: JoinHandle<Vec<u8>>| {
+        String::from_utf8_lossy(&reader.join().unwrap_or_default())
             .trim_end()
-            .to_owned());
+            .to_owned()
+    };
+    if status.success() {
+        return Ok(text(printed));
     }
     Err(Error::Command {
         command: line,
-        status: output.status.to_string(),
-        output: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+        status: status.to_string(),
+        output: text(said),
     })
 }
 
@@ -202,6 +244,17 @@ pub fn parse_signal(text: &str) -> std::result::Result<Signal, String> {
 /// Whether a process is expected to end by this signal.
 pub fn ends_by(signal: Signal) -> bool {
     [Signal::TERM, Signal::KILL, Signal::INT, Signal::QUIT].contains(&signal)
+}
+
+fn read_aside(pipe: Option<impl Read + Send + 'static>) -> JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(mut pipe) = pipe {
+            // What was read before an error is still worth showing.
+            let _ = pipe.read_to_end(&mut bytes);
+        }
+        bytes
+    })
 }
 
 fn all_pids() -> impl Iterator<Item = i32> {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! testbed.json          what this testbed is made of; the folder is ours while it is there
-//! lock                  held while it is changed
+//! lock                  held while it, or a part of it, is changed
 //! kubeconfig            the administrator's, for the machine's own network
 //! bin/                  kubectl and helm of the control plane's version
 //! parts/NAME.json       the process of each part
@@ -28,15 +28,15 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     error::{Context, Error, Result},
-    process::Process,
+    process::{self, Process},
 };
 
 /// The most nodes of one testbed: their addresses share one /24.
 pub const MAX_NODES: u8 = 99;
 
-/// How long a verb waits for another one that changes the same testbed;
-/// longer than the longest `up` with everything built.
-const LOCK_LIMIT: Duration = Duration::from_secs(60);
+/// How long a verb waits for another one that changes the same testbed: longer
+/// than any `up` with everything built, and than any part's end.
+const LOCK_LIMIT: Duration = Duration::from_secs(120);
 
 /// How often a held lock is tried again.
 const LOCK_POLL: Duration = Duration::from_millis(50);
@@ -301,8 +301,9 @@ impl Directory {
         Ok(folder)
     }
 
-    /// Takes the lock under which a testbed is changed.
-    pub fn lock(&self) -> Result<File> {
+    /// Takes the lock of a testbed: alone to bring it up or down, with others
+    /// to change one of its parts.
+    pub fn lock(&self, alone: bool) -> Result<File> {
         let path = self.join("lock");
         let file = fs::OpenOptions::new()
             .create(true)
@@ -311,9 +312,14 @@ impl Directory {
             .mode(0o600)
             .open(&path)
             .context(|| format!("open {}", path.display()))?;
+        let operation = if alone {
+            FlockOperation::NonBlockingLockExclusive
+        } else {
+            FlockOperation::NonBlockingLockShared
+        };
         let start = Instant::now();
         loop {
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            match flock(&file, operation) {
                 Ok(()) => return Ok(file),
                 Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < LOCK_LIMIT => {
                     std::thread::sleep(LOCK_POLL);
@@ -367,15 +373,7 @@ impl Directory {
 
     /// The end of a part's log for a message, with its path; empty where there is none.
     pub fn log_tail(&self, part: Part) -> String {
-        const LINES: usize = 15;
-        let path = self.log(part);
-        let Ok(text) = fs::read(&path) else {
-            return String::new();
-        };
-        let text = String::from_utf8_lossy(&text);
-        let lines: Vec<&str> = text.lines().collect();
-        let tail = lines[lines.len().saturating_sub(LINES)..].join("\n  ");
-        format!("\nthe end of {}:\n  {tail}", path.display())
+        process::log_tail(&self.log(part))
     }
 
     fn record(&self, part: Part) -> PathBuf {

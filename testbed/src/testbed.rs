@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use jiff::Timestamp;
 use kube::Client;
 use rustix::process::Signal;
 use serde::Serialize;
@@ -146,7 +147,7 @@ impl Testbed {
         let Some(description) = directory.description()? else {
             return Ok(());
         };
-        let _lock = directory.lock()?;
+        let _lock = directory.lock(true)?;
         take_down(&directory, &description)
     }
 
@@ -235,7 +236,7 @@ impl Testbed {
     /// ended. A node ends by SIGKILL alone: its power is cut.
     pub async fn kill(&self, part: Part, signal: Signal) -> Result<()> {
         self.has(part)?;
-        let _lock = self.directory.lock()?;
+        let _lock = self.directory.lock(false)?;
         let Some(process) = self.directory.running(part)? else {
             return Err(Error::State(format!("{part} is not running")));
         };
@@ -261,20 +262,28 @@ impl Testbed {
         })
     }
 
-    /// Starts a part that is not running, and waits until it is ready. A node
-    /// boots without its agent.
+    /// Starts a part that is not running, and waits until it is ready; what
+    /// needs the API server for that is not waited for while that is away. A
+    /// node boots without its agent.
     pub async fn start(&self, part: Part) -> Result<()> {
         self.has(part)?;
-        let _lock = self.directory.lock()?;
+        let _lock = self.directory.lock(false)?;
         if self.directory.running(part)?.is_some() {
             return Err(Error::State(format!("{part} is running already")));
         }
         let (directory, description) = (&self.directory, &self.description);
+        let served = directory.running(Part::Apiserver)?.is_some();
         match part {
             Part::Lab | Part::Forwarder => Err(Error::State(format!(
                 "{part} cannot be started alone: `testbed down`, then `testbed up`"
             ))),
-            Part::Etcd => plane::start_etcd(directory, description, &ControlPlane::ensure()?),
+            Part::Etcd => {
+                plane::start_etcd(directory, description, &ControlPlane::ensure()?)?;
+                if served {
+                    plane::wait_apiserver(directory).await?;
+                }
+                Ok(())
+            }
             Part::Apiserver => {
                 plane::start_apiserver(directory, description, &ControlPlane::ensure()?)?;
                 plane::wait_apiserver(directory).await
@@ -285,11 +294,19 @@ impl Testbed {
             Part::Git => git::start(directory, description).await,
             Part::Controller => {
                 kari::start_controller(directory, description)?;
-                kari::wait_controller(directory, description).await
+                if served {
+                    kari::wait_controller(directory, description).await?;
+                }
+                Ok(())
             }
             Part::Node(name) => node::boot(directory, description, name).await,
             Part::Agent(name) => {
-                kari::start_agent(directory, description, &toolchains::find(), name)
+                let since = Timestamp::now();
+                kari::start_agent(directory, description, &toolchains::find(), name)?;
+                if served {
+                    kari::wait_agent(&self.client().await?, directory, name, since).await?;
+                }
+                Ok(())
             }
         }
     }
@@ -672,7 +689,7 @@ fn remove_folder(directory: &Directory) -> Result<()> {
 fn claim(directory: &Directory) -> Result<File> {
     let path = directory.path();
     if let Some(left) = directory.description()? {
-        let _lock = directory.lock()?;
+        let _lock = directory.lock(true)?;
         if left.complete && is_up(directory, &left)? {
             return Err(Error::State(format!(
                 "a testbed is up in {0} already: `testbed down --dir {0}` first",
@@ -682,6 +699,7 @@ fn claim(directory: &Directory) -> Result<File> {
         take_down(directory, &left)?;
     }
     directory.make_folder("")?;
+    node::check_file_system(path)?;
     let mut entries = fs::read_dir(path).context(|| format!("read {}", path.display()))?;
     if entries.any(|entry| entry.is_ok_and(|entry| entry.file_name() != "lock")) {
         return Err(Error::State(format!(
@@ -689,7 +707,7 @@ fn claim(directory: &Directory) -> Result<File> {
             path.display()
         )));
     }
-    directory.lock()
+    directory.lock(true)
 }
 
 fn is_up(directory: &Directory, description: &Description) -> Result<bool> {

@@ -47,6 +47,18 @@ impl Toolchain {
     pub fn target(&self) -> PathBuf {
         Path::new(FOLDER).join(self.name)
     }
+
+    /// Its folder of shared libraries in a node, where its programs need some:
+    /// a Python with a shared library knows that by the path of its installation.
+    pub fn libraries(&self) -> Option<PathBuf> {
+        let folder = self.source.join("lib");
+        let shared = std::fs::read_dir(folder).ok()?.flatten().any(|entry| {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            name.starts_with("libpython") && name.contains(".so")
+        });
+        shared.then(|| self.target().join("lib"))
+    }
 }
 
 /// Finds the toolchains of this machine; one that is not installed is no error.

@@ -276,7 +276,7 @@ async fn toolchains_work_where_home_folders_are_hidden() {
     for (toolchain, program, argument) in [
         ("rust", "cargo", "--version"),
         ("go", "go", "version"),
-        ("python", "python3", "--version"),
+        ("python", "python3", "-m pip --version"),
         ("node", "npm", "--version"),
     ] {
         let target = Path::new(testbed::toolchains::FOLDER).join(toolchain);
@@ -317,14 +317,14 @@ async fn an_agent_may_write_its_own_lease_and_no_other() {
         let lease = format!(
             "apiVersion: coordination.k8s.io/v1\nkind: Lease\nmetadata: {{name: {name}, namespace: kari-system}}\nspec: {{holderIdentity: {holder}}}\n"
         );
-        // The program is called by its component, not by the link, which hides below /tmp.
+        // The program itself, by the name of the link to it: that one is hidden by the node's /tmp.
         let script = format!(
-            "printf '{}' | {} kubectl create --kubeconfig=/run/kari-testbed/kubeconfig --filename=- 2>&1",
+            "printf '{}' | exec -a kubectl {} create --kubeconfig=/run/kari-testbed/kubeconfig --filename=- 2>&1",
             lease.replace('\n', "\\n"),
             kubectl.display()
         );
         let node = &node;
-        async move { node.exec(["sh", "-c", &script]).await.unwrap() }
+        async move { node.exec(["bash", "-c", &script]).await.unwrap() }
     };
     let other = create("kari-agent-n1", "n1").await;
     let said = String::from_utf8_lossy(&other.stdout).into_owned();

@@ -152,7 +152,7 @@ pub struct Want {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct FetchFailure {
-    /// SourceUnavailable, AuthenticationFailed, HostKeyMismatch, RefNotFound or ToolMissing.
+    /// SourceUnavailable, AuthenticationFailed, HostKeyMismatch, RefNotFound, DiskPressure or ToolMissing.
     pub reason: Reason,
     /// What happened, to what.
     pub message: String,

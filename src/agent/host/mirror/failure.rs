@@ -46,6 +46,13 @@ pub(super) fn diagnose(source: &SourceUrl, result: &StepResult, log: &str) -> Di
                 "the repository has a pack that is larger than a file may be here".to_owned(),
             );
         }
+        // Before all that a full disk looks like.
+        _ if log.contains("No space left on device") || log.contains("Disk quota exceeded") => {
+            return Diagnosis::Failed(failure(
+                Reason::DiskPressure,
+                format!("the node's disk is full: {said}"),
+            ));
+        }
         ("exit-code", _, EXIT_COMMIT_MISSING) => {
             let missing = log
                 .lines()
@@ -160,7 +167,7 @@ const DAMAGE: [&str; 9] = [
 
 /// The last line that says what went wrong, shortened; control characters, which a server may send, left out.
 fn last_words(log: &str) -> String {
-    let telling = |line: &&str| {
+    let telling = |line: &str| {
         ["fatal:", "error:", "remote:", "kari:", "ssh:", "git:"]
             .iter()
             .any(|prefix| line.starts_with(prefix))
@@ -169,19 +176,22 @@ fn last_words(log: &str) -> String {
             || line.contains("not found")
     };
     // What git adds to ssh's own words says less than they do.
-    let generic = |line: &&str| line.starts_with("fatal: Could not read from remote repository");
-    let lines = || {
-        log.lines()
-            .map(str::trim)
-            .filter(|line| !line.is_empty())
-            .rev()
-    };
-    let line = lines()
-        .filter(|line| !generic(line))
-        .find(telling)
-        .or_else(|| lines().next())
-        .unwrap_or_default();
-    line.chars()
+    let generic = |line: &str| line.starts_with("fatal: Could not read from remote repository");
+    let lines: Vec<&str> = log
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect();
+    let at = lines
+        .iter()
+        .rposition(|line| !generic(line) && telling(line))
+        .unwrap_or(lines.len().saturating_sub(1));
+    let mut text = lines.get(at).copied().unwrap_or_default().to_owned();
+    // `fatal: unable to connect to host:` goes on in the next line.
+    if let Some(next) = lines.get(at + 1).filter(|_| text.ends_with(':')) {
+        text = format!("{text} {next}");
+    }
+    text.chars()
         .filter(|c| !c.is_control())
         .take(SHOWN_CHARACTERS)
         .collect()
@@ -274,6 +284,17 @@ mod tests {
     }
 
     #[test]
+    fn a_full_disk_is_no_damage() {
+        for status in [1, 21, 128] {
+            let log = "fatal: write error: No space left on device\n";
+            match exit(status, log) {
+                Diagnosis::Failed(failure) => assert_eq!(failure.reason, Reason::DiskPressure),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
     fn damage_is_told_from_what_is_only_unclear() {
         for log in [
             "error: object file objects/ab/cd is empty\nfatal: loose object abcd (stored in objects/ab/cd) is corrupt\n",
@@ -294,6 +315,12 @@ mod tests {
         let log = "warning: x\ngit@h: Permission denied (publickey).\r\nfatal: Could not read from remote repository.\n\nPlease make sure you have the correct access rights\nand the repository exists.\n";
         assert_eq!(last_words(log), "git@h: Permission denied (publickey).");
         assert_eq!(last_words("remote: \x1b[31mred\n"), "remote: [31mred");
+        assert_eq!(
+            last_words(
+                "fatal: unable to connect to h:\nh[0: 10.0.0.1]: errno=Connection refused\n\n"
+            ),
+            "fatal: unable to connect to h: h[0: 10.0.0.1]: errno=Connection refused"
+        );
         assert_eq!(last_words(""), "");
     }
 }

@@ -169,11 +169,11 @@ impl Mirrors {
 
     /// Looks after the mirrors until it is dropped.
     pub async fn run(&self) {
-        let mut known = BTreeMap::new();
-        // Now, so that the first app leaves nothing behind that was not there before it.
-        if let Err(error) = self.script() {
-            warn!(%error, "the script of fetches cannot be written yet");
+        if let Err(error) = self.install_script() {
+            // Each fetch tries again.
+            warn!(%error, "the script of the fetches cannot be written");
         }
+        let mut known = BTreeMap::new();
         loop {
             let pause = match self.round().await {
                 Ok(()) => SHORTEST_PAUSE,
@@ -257,15 +257,6 @@ impl Mirrors {
         Ok(Seen { unit, held })
     }
 
-    /// The script that fetches run.
-    fn script(&self) -> Result<PathBuf, MirrorError> {
-        let script = self.inner.store.mirrors().join("fetch.sh");
-        if store::read(&script)?.as_deref() != Some(SCRIPT.as_bytes()) {
-            write_durably(&script, SCRIPT.as_bytes(), 0o644)?;
-        }
-        Ok(script)
-    }
-
     async fn start(&self, start: &Start) -> Result<(), MirrorError> {
         let Start {
             key,
@@ -278,7 +269,7 @@ impl Mirrors {
         } = &*self.inner;
         let mirror = self.mirror(key);
         store::make_folder(&mirror, 0o755, Some(settings.uid))?;
-        let script = self.script()?;
+        let script = self.install_script()?;
         let log = self.log(key);
         store::remove(&log)?;
         let paths = Paths {
@@ -303,6 +294,15 @@ impl Mirrors {
             Ok(()) | Err(SystemdError::UnitExists { .. }) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Written at the agent's start already, so that an app which comes and goes leaves nothing behind.
+    fn install_script(&self) -> Result<PathBuf, StoreError> {
+        let script = self.inner.store.mirrors().join("fetch.sh");
+        if store::read(&script)?.as_deref() != Some(SCRIPT.as_bytes()) {
+            write_durably(&script, SCRIPT.as_bytes(), 0o644)?;
+        }
+        Ok(script)
     }
 
     async fn stop(&self, key: &MirrorKey) -> Result<(), MirrorError> {

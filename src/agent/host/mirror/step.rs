@@ -190,11 +190,13 @@ pub(super) const SCRIPT: &str = r#"# Written by kari agent; an edit is overwritt
 mirror=$1 url=$2 mode=$3 format=$4
 shift 4
 
-git init --quiet --bare --template= --object-format="$format"
 # Whoever left them is gone: this unit's name is held by one process at a time.
 find "$mirror" -name '*.lock' -type f -delete
+init() { git init --quiet --bare --template= --object-format="$format"; }
 if [ "$mode" = check ]; then
-    git fsck --no-dangling --no-progress || exit 21
+    init && git fsck --no-dangling --no-progress || exit 21
+else
+    init
 fi
 
 has() { git cat-file -e "$1^{commit}" 2>/dev/null; }

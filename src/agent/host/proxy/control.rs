@@ -490,20 +490,17 @@ impl Proxy {
 
     async fn reload_and_settle(&self) -> Result<OldWorkers, ProxyError> {
         let before = self.workers().await?;
-        match self.inner.systemd.reload_unit(UNIT, RELOAD_LIMIT).await {
+        let reloaded = self.inner.systemd.reload_unit(UNIT, RELOAD_LIMIT).await;
+        let log = Path::new(RUN_FOLDER).join("reload.log");
+        let said = store::read(&log).ok().flatten().unwrap_or_default();
+        let said = String::from_utf8_lossy(&said).trim().to_owned();
+        // An old one must not be taken for the next one's.
+        store::remove(&log)?;
+        match reloaded {
             Ok(()) => {}
-            Err(error @ (SystemdError::Job { .. } | SystemdError::Refused { .. })) => {
-                let said = store::read(&Path::new(RUN_FOLDER).join("reload.log"))
-                    .ok()
-                    .flatten()
-                    .unwrap_or_default();
-                let said = String::from_utf8_lossy(&said).trim().to_owned();
-                // Without a word of nginx's it was not nginx that refused.
-                return Err(if said.is_empty() {
-                    error.into()
-                } else {
-                    ProxyError::Refused { message: said }
-                });
+            // Without a word of nginx's it was not nginx that refused.
+            Err(SystemdError::Job { .. } | SystemdError::Refused { .. }) if !said.is_empty() => {
+                return Err(ProxyError::Refused { message: said });
             }
             Err(error) => return Err(error.into()),
         }

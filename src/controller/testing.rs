@@ -376,7 +376,7 @@ impl World {
                 class,
                 reason: reason.to_string(),
                 message: "it broke".into(),
-                log_tail: None,
+                log_tail: Some("make: *** [all] Error 2".into()),
             }),
         });
     }

@@ -213,6 +213,9 @@ fn a_failed_node_blocks_the_revision_and_no_further_node_is_started() {
     );
     assert_eq!(world.ready().0, "False/BuildFailed");
     assert!(world.ready().1.contains("on n1"), "{:?}", world.ready());
+    let log =
+        "kubectl get krel -n web shop-676b8bb84c -o jsonpath='{.status.attempt.failure.logTail}'";
+    assert!(world.ready().1.contains(log), "{:?}", world.ready());
     assert_eq!(world.status().last_good_revision, good);
     assert_eq!(world.status().blocked_revisions[0].node, "n1");
     assert_eq!(world.status().nodes.as_ref().map(|n| n.failed), Some(1));

@@ -26,8 +26,6 @@ use super::reach::STALE_AFTER;
 /// Owns `Reachable` and nothing else, so that an Apply of it removes nothing else.
 const FIELD_MANAGER: &str = "kari-controller-reachable";
 
-/// The reason of `Reachable=True`.
-
 /// What is done to a Release.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {

@@ -7,7 +7,8 @@ use std::time::Duration;
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use super::{CRASH_LOOP_RESTARTS, Plan, Progress, Step, plan, virtual_host};
+use super::traffic::virtual_host;
+use super::{CRASH_LOOP_RESTARTS, Plan, Progress, Step, plan};
 use crate::agent::host::proxy::{RouteTarget, VirtualHost};
 use crate::agent::host::records::{
     AppliedRecord, AttemptRecord, BuildKey, ContentDigest, EnvDigest, ProcessRecord,

@@ -52,13 +52,16 @@ begin_testbed() {
 
 end_session() {
     local status=$?
-    trap '' INT TERM
+    # Nothing may keep the testbed up: neither a second Ctrl-C, nor a reader
+    # that went away, such as `| head`.
+    trap '' INT TERM PIPE
+    set +e
     if ((status != 0 && status != 130 && status != 143)); then
-        say_what_happened >&2 || true
+        say_what_happened >&2
     fi
     local child
     for child in $(jobs -p); do
-        kill "$child" 2>/dev/null || true
+        kill "$child" 2>/dev/null
     done
     if [[ -d $testbed_dir ]]; then
         say "taking everything down"

@@ -15,32 +15,30 @@ trap '[[ ! -d $dir/testbed ]] || testbed down --dir "$dir/testbed"; rm -rf "$dir
 
 milliseconds() { date +%s%3N; }
 
-# What a testbed makes and must take away. Processes are known by what they
-# work on: the testbed's folder is in their arguments.
+# What a testbed makes and must take away, known by its id or its folder, so that
+# other testbeds on this machine do not count.
 leftovers() {
-    # The folder's name comes from a file, or grep would find itself.
-    grep -sl -F -f "$dir/name" /proc/[0-9]*/cmdline || true
-    grep --fixed-strings "$dir/testbed" /proc/mounts || true
-    find /sys/fs/cgroup -type d | sort | comm -13 "$dir/cgroups" - || true
-    ip netns list 2>/dev/null | sort | comm -13 "$dir/networks" - || true
-    ip -brief link | cut -d' ' -f1 | sort | comm -13 "$dir/links" - || true
+    local id=$1
+    # The patterns come from a file, or grep would find itself.
+    printf '%s\n' "$id" "$dir/testbed" >"$dir/names"
+    grep -sl -F -f "$dir/names" /proc/[0-9]*/cmdline /proc/[0-9]*/environ || true
+    grep -F -f "$dir/names" /proc/mounts || true
+    find /sys/fs/cgroup -type d -name "*$id*"
+    ip netns list | grep -F "$id" || true
+    ip -brief link | grep -F "$id" || true
     [[ ! -e $dir/testbed ]] || echo "$dir/testbed"
 }
-
-echo "$dir/testbed" >"$dir/name"
-find /sys/fs/cgroup -type d | sort >"$dir/cgroups"
-ip netns list 2>/dev/null | sort >"$dir/networks"
-ip -brief link | cut -d' ' -f1 | sort >"$dir/links"
 
 failed=0
 for ((round = 1; round <= rounds; round++)); do
     begin=$(milliseconds)
     testbed up --nodes 3 --dir "$dir/testbed" >/dev/null
     up=$(($(milliseconds) - begin))
+    id=$(sed -n 's/^  "id": "\(.*\)",$/\1/p' "$dir/testbed/testbed.json")
     begin=$(milliseconds)
     testbed down --dir "$dir/testbed"
     down=$(($(milliseconds) - begin))
-    left=$(leftovers)
+    left=$(leftovers "$id")
     printf '%2d of %d: up in %d ms, down in %d ms\n' "$round" "$rounds" "$up" "$down"
     if ((up > longest_up_milliseconds)); then
         echo "   took longer than $longest_up_milliseconds ms" >&2

@@ -2,11 +2,14 @@
 
 #![allow(
     clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
     reason = "a test ends where something is not as it must be"
 )]
 
 #[path = "support/in_node.rs"]
 mod in_node;
+#[allow(dead_code, reason = "other tests use the rest")]
 #[path = "support/traffic.rs"]
 mod traffic;
 
@@ -250,8 +253,10 @@ async fn the_proxy_comes_up_and_refuses_hosts_that_nobody_has() {
     let start = Instant::now();
     node.proxy.ensure().await.unwrap();
     println!("  up in {} ms", start.elapsed().as_millis());
+    let before = reloads();
     let start = Instant::now();
     node.proxy.ensure().await.unwrap();
+    assert_eq!(reloads(), before, "a look changes nothing");
     println!("  looked at again in {} ms", start.elapsed().as_millis());
     let answer = ask("127.0.0.1", "nobody.test", "GET /");
     assert!(answer.starts_with("HTTP/1.1 421 "), "{answer}");
@@ -509,7 +514,7 @@ async fn many_publishes_at_once_share_a_few_reloads() {
     in_node!();
     let node = &Node::new().await;
     let _app = App::start("many", 21003).await;
-    let before = workers_started();
+    let before = reloads();
     let start = Instant::now();
     let mut tasks = tokio::task::JoinSet::new();
     for at in 0..50 {
@@ -533,7 +538,7 @@ async fn many_publishes_at_once_share_a_few_reloads() {
     println!(
         "  50 apps published in {} ms, {} reloads",
         start.elapsed().as_millis(),
-        workers_started() - before
+        reloads() - before
     );
     assert!(ask("127.0.0.1", "app49.test", "GET /").ends_with("many"));
     let hosts = node.proxy.hosts().unwrap();
@@ -541,11 +546,11 @@ async fn many_publishes_at_once_share_a_few_reloads() {
         (0..50).all(|at| hosts.contains_key(&AppName::parse(&format!("many.app{at}")).unwrap())),
         "{hosts:?}"
     );
-    assert!(workers_started() - before <= 5);
+    assert!(reloads() - before <= 5);
 }
 
 /// Reloads so far, by what systemd logged.
-fn workers_started() -> usize {
+fn reloads() -> usize {
     run(&format!(
         "journalctl -u {UNIT} -o cat | grep -c '^Reloaded' || true"
     ))

@@ -84,7 +84,7 @@ pub async fn reconcile(
             report(&node, &reports, &observed, &plan);
         }
         if let Some(error) = halted {
-            return ended_by(error, &node, &observed, &plan);
+            return ended_by(error, &observed, &plan);
         }
         if plan.steps.is_empty() {
             return settle(&node, &observed, &plan).await;
@@ -129,16 +129,10 @@ async fn keep_traffic(node: &Node, app: &AppName) {
 
 /// A step failed for its surroundings. What holds the attempt up has a wait of its own, which another wish
 /// ends; anything else is the supervisor's to space.
-fn ended_by(
-    error: StepError,
-    node: &Node,
-    observed: &Observed,
-    plan: &Plan,
-) -> Result<Action, AppError> {
+fn ended_by(error: StepError, observed: &Observed, plan: &Plan) -> Result<Action, AppError> {
     match (plan.wake, plan.steps.is_empty()) {
         (Some(wake), true) => {
             tracing::warn!(app = %observed.app, "held up: {}", error_chain(&error));
-            let _ = node;
             Ok(Action::After(wake.saturating_sub(monotonic()).min(RESYNC)))
         }
         _ => Err(error.into()),

@@ -89,6 +89,8 @@ reasons! {
 
     /// The node's agent has not renewed its Lease.
     AgentUnreachable => Node,
+    /// The node's agent renews its Lease.
+    AgentReachable => Node,
     /// The Node is unschedulable.
     NodeCordoned => Node,
     /// The Node object is gone.

@@ -26,9 +26,6 @@ use super::reach::STALE_AFTER;
 /// Owns `Reachable` and nothing else, so that an Apply of it removes nothing else.
 const FIELD_MANAGER: &str = "kari-controller-reachable";
 
-/// The reason of `Reachable=True`.
-const REASON_REACHABLE: &str = "AgentReachable";
-
 /// What is done to a Release.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -120,7 +117,7 @@ fn condition(release: &Release, node: &NodeName, reachable: bool, now: Timestamp
     let (status, reason, message) = if reachable {
         (
             "True",
-            REASON_REACHABLE,
+            Reason::AgentReachable.as_str(),
             format!("the agent of {node} renews its Lease"),
         )
     } else {

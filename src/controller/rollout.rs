@@ -17,7 +17,9 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use crate::api::ReleaseSpec;
 use crate::api::names::{NodeName, ReleaseId, RevisionName};
 
-use super::observed::{Observed, ObservedNode, ObservedRelease, Presence, Reach, RevisionData};
+use super::observed::{
+    FailureClass, Observed, ObservedNode, ObservedRelease, Presence, Reach, RevisionData,
+};
 
 /// Slots at most, whatever the spec says: `status.active` names each of them.
 pub const MOST_SLOTS: usize = 256;
@@ -357,7 +359,9 @@ fn give_back(assign: &Assign<'_>, rollout: &mut Rollout) {
         let Some(release) = node.release.as_ref().filter(|release| {
             !release.deleting
                 && assign.has_wanted(release)
-                && !release.committed()
+                && release
+                    .failure()
+                    .is_some_and(|(_, class)| class == FailureClass::Passing)
                 && release
                     .held_up_for
                     .is_some_and(|held| held >= HELD_UP_LIMIT)

@@ -221,8 +221,9 @@ fn verdict(facts: &Facts<'_>) -> Verdict {
         return stalled(
             reason.parse().unwrap_or(Reason::StartFailed),
             format!(
-                "{revision} failed on {node} ({reason}): {}. No further node is started, and nodes keep what they serve; push a fix, change the spec, or set the annotation kari.dev/retry to a new value",
-                message.trim_end_matches('.')
+                "{revision} failed on {node} ({reason}): {}{}. No further node is started, and nodes keep what they serve; push a fix, change the spec, or set the annotation kari.dev/retry to a new value",
+                message.trim_end_matches('.'),
+                where_its_log_is(facts, node)
             ),
         );
     }
@@ -245,6 +246,27 @@ fn verdict(facts: &Facts<'_>) -> Verdict {
         return rolling(facts, &served);
     }
     degraded(facts, &served)
+}
+
+/// How to see the last lines of the log of what failed on a node, while they are there.
+fn where_its_log_is(facts: &Facts<'_>, node: &str) -> String {
+    let release = facts
+        .observed
+        .nodes
+        .iter()
+        .find(|n| n.name.as_str() == node)
+        .and_then(|n| n.release.as_ref());
+    let logged = release.filter(|release| {
+        let failure = release.failed().map(|(failure, _)| failure);
+        failure.is_some_and(|failure| failure.log_tail.is_some())
+    });
+    match logged {
+        Some(release) => format!(
+            " (its log: kubectl get krel -n {} {} -o jsonpath='{{.status.attempt.failure.logTail}}')",
+            facts.observed.deployment.namespace, release.name
+        ),
+        None => String::new(),
+    }
 }
 
 fn without_nodes(facts: &Facts<'_>) -> Verdict {
@@ -339,7 +361,21 @@ fn rolling(facts: &Facts<'_>, served: &str) -> Verdict {
         reconciling: true,
         stalled: false,
         reason,
-        message: format!("{served}{}{more}", changing(facts)),
+        message: format!("{served}{}{}{more}", changing(facts), in_the_way(facts)),
+    }
+}
+
+/// Nodes on which what was there before has to be taken away first.
+fn in_the_way(facts: &Facts<'_>) -> String {
+    let names: Vec<_> = facts
+        .participants()
+        .filter(|node| node.name_taken || node.release.as_ref().is_some_and(|r| r.deleting))
+        .map(|node| node.name.to_string())
+        .collect();
+    if names.is_empty() {
+        String::new()
+    } else {
+        format!("; on {} an earlier Release has yet to go", listed(&names))
     }
 }
 

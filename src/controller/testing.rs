@@ -365,6 +365,7 @@ impl World {
         if passing {
             release.held_up_for.get_or_insert(Duration::ZERO);
         } else {
+            release.held_up_for = None;
             release.status.phase = Phase::Failed;
         }
         release.status.attempt = Some(AttemptStatus {
@@ -375,7 +376,7 @@ impl World {
                 class,
                 reason: reason.to_string(),
                 message: "it broke".into(),
-                log_tail: None,
+                log_tail: Some("make: *** [all] Error 2".into()),
             }),
         });
     }

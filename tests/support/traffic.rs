@@ -141,13 +141,14 @@ async fn request(
 ) -> Result<Answer, String> {
     let started = Instant::now();
     let mut reconnected = false;
-    if connection
-        .as_ref()
-        .is_some_and(|c| c.is_closed() || !c.is_ready())
+    // Ready is what says that the last answer was read to its end and the connection is still there.
+    if let Some(kept) = connection
+        && kept.ready().await.is_err()
     {
         *connection = None;
         reconnected = true;
     }
+    let is_new = connection.is_none();
     let sender = match connection {
         Some(sender) => sender,
         None => connection.insert(
@@ -156,12 +157,12 @@ async fn request(
                 .map_err(|e| format!("no connection: {e}"))?,
         ),
     };
-    let request = hyper::Request::get("/")
+    let get = hyper::Request::get("/")
         .header("host", host)
         .body(Empty::new())
         .map_err(|e| e.to_string())?;
     let answer = async {
-        let response = sender.send_request(request).await?;
+        let response = sender.send_request(get).await?;
         let status = response.status();
         let body = response.into_body().collect().await?.to_bytes();
         Ok::<_, hyper::Error>((status, body))
@@ -176,6 +177,15 @@ async fn request(
             started.elapsed(),
             String::from_utf8_lossy(&body)
         )),
+        // The server closed it in the moment it was taken: not a byte of the request was sent.
+        Ok(Err(error)) if error.is_canceled() && !is_new => {
+            *connection = None;
+            let answer = Box::pin(request(connect, to, host, connection)).await?;
+            Ok(Answer {
+                reconnected: true,
+                ..answer
+            })
+        }
         Ok(Err(error)) => Err(format!("broke after {:?}: {error:?}", started.elapsed())),
         Err(_) => Err(format!("no answer within {ANSWER_TIMEOUT:?}")),
     }

@@ -6,7 +6,7 @@
 //!
 //! - [`configuration`] is what nginx is told, as text. Pure.
 //! - [`answer`] is what an answer proves. Pure.
-//! - [`control`] writes, reloads and measures.
+//! - [`control`] writes and measures, by way of [`reload`].
 //!
 //! User text reaches nginx through [`HostName::parse`] alone.
 
@@ -18,9 +18,11 @@ use crate::api::names::{AppName, ReleaseId};
 mod answer;
 mod configuration;
 mod control;
+mod reload;
 
 pub use configuration::{IDENTITY_PATH, UNIT, render_virtual_host};
-pub use control::{DRAIN_LIMIT, OldWorkers, Proxy, ProxyError};
+pub use control::{DRAIN_LIMIT, Proxy, ProxyError};
+pub use reload::OldWorkers;
 
 /// A host name that requests come for: a lower-case DNS name of at most 253 characters, with an optional
 /// leading `*.` for any one or more labels.

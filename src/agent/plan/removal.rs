@@ -1,7 +1,8 @@
 //! Taking an app off the node: tombstone → target → virtual host (measured gone)
 //! → units and steps → files → users → mirror → the records last.
 
-use super::{Plan, Progress, Step, stop_builds};
+use super::keep::stop_builds;
+use super::{Plan, Progress, Step};
 use crate::agent::host::records::{AppliedRecord, RECORD_VERSION, Removing};
 use crate::agent::view::{Activity, FileView, HeldUp, Observed, Wanted};
 

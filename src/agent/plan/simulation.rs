@@ -7,7 +7,8 @@ use std::time::Duration;
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use super::{CRASH_LOOP_RESTARTS, Plan, Progress, Step, plan, virtual_host};
+use super::traffic::virtual_host;
+use super::{CRASH_LOOP_RESTARTS, Plan, Progress, Step, plan};
 use crate::agent::host::proxy::{RouteTarget, VirtualHost};
 use crate::agent::host::records::{
     AppliedRecord, AttemptRecord, BuildKey, ContentDigest, EnvDigest, ProcessRecord,
@@ -130,7 +131,6 @@ pub struct World {
     pub wanted: Wanted,
     pub fates: BTreeMap<u8, Fate>,
     pub now: Duration,
-    pub taken_ports: BTreeSet<u16>,
     pub stolen: BTreeSet<u16>,
     pub proxy_down: bool,
     pub conflict: bool,
@@ -168,7 +168,6 @@ impl World {
             wanted: Wanted::Unknown,
             fates: BTreeMap::new(),
             now: Duration::ZERO,
-            taken_ports: BTreeSet::new(),
             stolen: BTreeSet::new(),
             proxy_down: false,
             conflict: false,

@@ -112,6 +112,34 @@ fn a_node_that_does_not_serve_what_it_committed_comes_first_and_counts() {
 }
 
 #[test]
+fn a_broken_node_is_not_taken_while_all_slots_are_held() {
+    let mut world = World::deployed(3);
+    world.push('b');
+    world.reconcile();
+    assert_eq!(world.active(), ["n1"]);
+    world.release("n3").status.phase = crate::api::release::Phase::Degraded;
+    world.reconcile();
+    assert_eq!(world.told(), ["b", "a", "a"]);
+    assert_eq!(world.active(), ["n1"]);
+}
+
+#[test]
+fn a_node_whose_old_release_is_still_being_removed_is_named() {
+    let mut world = World::new(2);
+    world.node("n1").name_taken = true;
+    world.reconcile();
+    assert_eq!(world.told(), ["-", "a"]);
+    assert!(
+        world
+            .ready()
+            .1
+            .contains("on n1 an earlier Release has yet to go"),
+        "{:?}",
+        world.ready()
+    );
+}
+
+#[test]
 fn a_newer_revision_goes_at_once_to_every_node_in_mid_change() {
     let mut world = World::deployed(3);
     world.push('b');
@@ -185,6 +213,9 @@ fn a_failed_node_blocks_the_revision_and_no_further_node_is_started() {
     );
     assert_eq!(world.ready().0, "False/BuildFailed");
     assert!(world.ready().1.contains("on n1"), "{:?}", world.ready());
+    let log =
+        "kubectl get krel -n web shop-676b8bb84c -o jsonpath='{.status.attempt.failure.logTail}'";
+    assert!(world.ready().1.contains(log), "{:?}", world.ready());
     assert_eq!(world.status().last_good_revision, good);
     assert_eq!(world.status().blocked_revisions[0].node, "n1");
     assert_eq!(world.status().nodes.as_ref().map(|n| n.failed), Some(1));

@@ -200,3 +200,164 @@ impl Drop for Group {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::names::Commit;
+    use std::net::TcpListener;
+    use std::path::Path;
+
+    /// How long a test waits for what another process does.
+    const DEADLINE: Duration = Duration::from_secs(10);
+
+    fn git(folder: &Path, arguments: &[&str]) -> String {
+        let output = std::process::Command::new("git")
+            .current_dir(folder)
+            .env("GIT_CONFIG_GLOBAL", "/dev/null")
+            .env("GIT_CONFIG_NOSYSTEM", "1")
+            .args(["-c", "user.name=t", "-c", "user.email=t@example.com"])
+            .args(arguments)
+            .output()
+            .unwrap_or_else(|e| panic!("git {arguments:?}: {e}"));
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "git {arguments:?}: {complaint}");
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+
+    /// `git daemon` with one repository, ended with the value.
+    struct Server {
+        daemon: std::process::Child,
+        url: String,
+        folder: tempfile::TempDir,
+    }
+
+    impl Server {
+        fn start() -> Self {
+            let folder = tempfile::tempdir().unwrap_or_else(|e| panic!("{e}"));
+            git(folder.path(), &["init", "-q", "-b", "main", "shop"]);
+            let repository = folder.path().join("shop");
+            git(&repository, &["commit", "-q", "--allow-empty", "-m", "one"]);
+            git(&repository, &["tag", "-a", "v1", "-m", "v1"]);
+            git(&repository, &["commit", "-q", "--allow-empty", "-m", "two"]);
+            let free = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr());
+            let port = free.unwrap_or_else(|e| panic!("{e}")).port();
+            // Not by way of `git`, which would leave the daemon behind when it is killed.
+            let programs = git(folder.path(), &["--exec-path"]);
+            let daemon = std::process::Command::new(format!("{programs}/git-daemon"))
+                .args(["--export-all", "--reuseaddr", "--listen=127.0.0.1"])
+                .stderr(Stdio::null())
+                .arg(format!("--port={port}"))
+                .arg(format!("--base-path={}", folder.path().display()))
+                .spawn()
+                .unwrap_or_else(|e| panic!("git daemon: {e}"));
+            let began = std::time::Instant::now();
+            while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+                assert!(
+                    began.elapsed() < DEADLINE,
+                    "git daemon does not listen on {port}"
+                );
+                std::thread::yield_now();
+            }
+            Self {
+                daemon,
+                url: format!("git://127.0.0.1:{port}/shop"),
+                folder,
+            }
+        }
+
+        fn commit(&self, name: &str) -> Commit {
+            let commit = git(&self.folder.path().join("shop"), &["rev-parse", name]);
+            Commit::parse(&commit).unwrap_or_else(|e| panic!("{e}"))
+        }
+    }
+
+    impl Drop for Server {
+        fn drop(&mut self) {
+            let _ = self.daemon.kill();
+            let _ = self.daemon.wait();
+        }
+    }
+
+    fn options(home: &Path, insecure_schemes: bool) -> SourceOptions {
+        SourceOptions {
+            slots: 1,
+            insecure_schemes,
+            home: home.to_owned(),
+        }
+    }
+
+    fn references(names: &[&str]) -> BTreeSet<String> {
+        names.iter().map(|name| (*name).to_owned()).collect()
+    }
+
+    #[tokio::test]
+    async fn a_server_tells_the_commits_of_branches_and_annotated_tags() {
+        let server = Server::start();
+        let home = tempfile::tempdir().unwrap_or_else(|e| panic!("{e}"));
+        let wanted = references(&["refs/heads/main", "refs/tags/v1", "refs/heads/none"]);
+        let answer = list(&server.url, &wanted, &options(home.path(), true)).await;
+        let commits = answer.unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(commits.get("refs/heads/main"), Some(&server.commit("main")));
+        assert_eq!(
+            commits.get("refs/tags/v1"),
+            Some(&server.commit("v1^{commit}"))
+        );
+        assert_eq!(commits.get("refs/heads/none"), None);
+        let failure = list(
+            &format!("{}-none", server.url),
+            &wanted,
+            &options(home.path(), true),
+        )
+        .await;
+        let failure = failure
+            .err()
+            .unwrap_or_else(|| panic!("there is no such repository"));
+        assert_eq!(failure.reason, Reason::SourceUnavailable);
+        let left = std::fs::read_dir(home.path()).map(Iterator::count);
+        assert_eq!(left.ok(), Some(0), "git wrote into its home");
+    }
+
+    #[tokio::test]
+    async fn a_protocol_that_is_not_allowed_is_not_spoken() {
+        let server = Server::start();
+        let home = tempfile::tempdir().unwrap_or_else(|e| panic!("{e}"));
+        let wanted = references(&["refs/heads/main"]);
+        for url in [
+            server.url.as_str(),
+            "ext::sh -c true",
+            "file:///tmp",
+            "/tmp",
+        ] {
+            let answer = list(url, &wanted, &options(home.path(), false)).await;
+            let failure = answer.err().unwrap_or_else(|| panic!("{url} was asked"));
+            assert!(failure.message.contains("not allowed"), "{url}: {failure}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_look_up_that_is_dropped_leaves_no_process() {
+        use tokio::io::AsyncReadExt as _;
+        // A server that takes the connection and never answers.
+        let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await;
+        let silent = silent.unwrap_or_else(|e| panic!("{e}"));
+        let address = silent.local_addr().unwrap_or_else(|e| panic!("{e}"));
+        let home = tempfile::tempdir().unwrap_or_else(|e| panic!("{e}"));
+        let (url, wanted) = (
+            format!("git://{address}/shop"),
+            references(&["refs/heads/main"]),
+        );
+        let options = options(home.path(), true);
+        let mut connection = tokio::select! {
+            answer = list(&url, &wanted, &options) => panic!("answered: {answer:?}"),
+            accepted = tokio::time::timeout(DEADLINE, silent.accept()) => match accepted {
+                Ok(Ok((connection, _))) => connection,
+                other => panic!("git did not connect: {other:?}"),
+            },
+        };
+        // The look-up is dropped. Its end of the connection closes when its process has gone.
+        let mut rest = Vec::new();
+        let closed = tokio::time::timeout(DEADLINE, connection.read_to_end(&mut rest)).await;
+        assert!(closed.is_ok(), "git still holds the connection");
+    }
+}

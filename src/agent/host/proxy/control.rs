@@ -1,21 +1,18 @@
-//! Writing, reloading and measuring.
+//! Writing and measuring.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep, timeout_at};
-use tracing::warn;
 
 use super::answer::{came_from, names};
 use super::configuration::{
-    self, CLOSING_FILE, IDENTITY_PATH, MEASURE_HEADER, RUN_FOLDER, UNIT, render_unit,
-    render_virtual_host, settings_digest, virtual_host_file,
+    self, IDENTITY_PATH, MEASURE_HEADER, UNIT, render_unit, render_virtual_host, settings_digest,
+    virtual_host_file,
 };
+use super::reload::{OldWorkers, Reloads, Worker};
 use super::{HostName, ProxySettings, Route, VirtualHost};
 use crate::agent::host::port::holder_of;
 use crate::agent::host::probe::{self, ANY_LABEL, Answer};
@@ -27,16 +24,6 @@ use crate::api::reasons::Reason;
 /// How long a drain may take: requests of before a switch have ended by then, or are cut when the old
 /// process stops. Websockets always last until then.
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(60);
-
-/// From the call of a reload to its end: PID 1 may be deaf for half a second, nginx reads 500 files in 0.1 s.
-const RELOAD_LIMIT: Duration = Duration::from_secs(15);
-
-/// How long connections in use are ended in an orderly way before a reload closes the idle ones: one that
-/// had no request for as long hardly has one in the very moment.
-const CLOSING_TIME: Duration = Duration::from_secs(1);
-
-/// From nginx being told to reload to its new workers alone accepting connections; 0.1 s as a rule.
-const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long the measured answer of an app may take: it was ready just now.
 const MEASURE_LIMIT: Duration = Duration::from_secs(10);
@@ -108,20 +95,6 @@ macro_rules! shared_errors {
 }
 shared_errors!(StoreError => Store, SystemdError => Systemd);
 
-/// Workers of nginx that may still hold requests which began before a reload.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct OldWorkers {
-    /// Their process ids, as PID 1 numbers them.
-    pub pids: BTreeSet<u32>,
-}
-
-impl OldWorkers {
-    /// Whether none is left.
-    pub fn is_empty(&self) -> bool {
-        self.pids.is_empty()
-    }
-}
-
 /// The node's proxy. Cheap to clone; an agent has one.
 #[derive(Clone)]
 pub struct Proxy {
@@ -133,16 +106,7 @@ struct Inner {
     units: UnitFiles,
     systemd: Systemd,
     settings: ProxySettings,
-    /// Reloads that were asked for.
-    asked: AtomicU64,
-    /// One reload at a time; it serves all that asked before it began.
-    last: Mutex<LastReload>,
-}
-
-/// The last reload, and how many of those that asked it has served.
-struct LastReload {
-    served: u64,
-    outcome: Result<OldWorkers, ProxyError>,
+    reloads: Reloads,
 }
 
 impl Proxy {
@@ -153,18 +117,13 @@ impl Proxy {
         systemd: Systemd,
         settings: ProxySettings,
     ) -> Self {
-        let last = LastReload {
-            served: 0,
-            outcome: Ok(OldWorkers::default()),
-        };
         Self {
             inner: Arc::new(Inner {
                 folder,
                 units,
+                reloads: Reloads::new(systemd.clone()),
                 systemd,
                 settings,
-                asked: AtomicU64::new(0),
-                last: Mutex::new(last),
             }),
         }
     }
@@ -201,15 +160,9 @@ impl Proxy {
         if loaded.is_none_or(|state| state.active_state != ActiveState::Active) {
             self.start().await?;
         }
-        if let Ok(_idle) = self.inner.last.try_lock() {
-            // An agent that was killed in a reload left it.
-            Closing::end();
-        }
-        // The first reload makes its log: now, so that the first app leaves nothing behind that was not
-        // there before it.
-        let never_reloaded = store::read(&Path::new(RUN_FOLDER).join("reload.log"))?.is_none();
-        if never_reloaded || self.measure_settings().await.is_err() {
-            self.reload().await?;
+        self.inner.reloads.clear_leftovers();
+        if self.measure_settings().await.is_err() {
+            self.inner.reloads.reload().await?;
         }
         match self.measure_settings().await {
             Ok(()) => Ok(()),
@@ -253,6 +206,8 @@ impl Proxy {
     async fn blame_holder_of_port(&self) -> Result<Option<ProxyError>, ProxyError> {
         let port = self.inner.settings.http_port;
         let own: BTreeSet<u32> = self
+            .inner
+            .reloads
             .processes()
             .await?
             .into_iter()
@@ -274,7 +229,7 @@ impl Proxy {
         if before.as_deref() == Some(text.as_bytes()) && self.measure(host).await.is_ok() {
             return Ok(OldWorkers::default());
         }
-        if self.workers().await?.is_empty() {
+        if self.inner.reloads.workers().await?.is_empty() {
             self.ensure().await?;
         }
         replace(&path, text.as_bytes())?;
@@ -372,7 +327,7 @@ impl Proxy {
         if old.is_empty() {
             return Ok(OldWorkers::default());
         }
-        let workers = self.workers().await?;
+        let workers = self.inner.reloads.workers().await?;
         let pids = old
             .pids
             .iter()
@@ -384,7 +339,7 @@ impl Proxy {
 
     /// All workers that no longer accept connections: what an agent that restarted in a drain waits for.
     pub async fn retiring_workers(&self) -> Result<OldWorkers, ProxyError> {
-        let workers = self.workers().await?;
+        let workers = self.inner.reloads.workers().await?;
         Ok(OldWorkers {
             pids: workers
                 .into_iter()
@@ -454,7 +409,7 @@ impl Proxy {
     async fn reload_for(&self, path: &Path) -> Result<OldWorkers, ProxyError> {
         let mut tries = 1;
         loop {
-            match self.reload().await {
+            match self.inner.reloads.reload().await {
                 Err(ProxyError::Refused { message })
                     if tries < RELOAD_TRIES && !message.contains(&*path.to_string_lossy()) =>
                 {
@@ -463,106 +418,6 @@ impl Proxy {
                 outcome => return outcome,
             }
         }
-    }
-
-    /// Has nginx read its files, and waits until only workers that have read them accept connections. One
-    /// reload serves all callers that wait when it begins. Returns the workers of before it.
-    async fn reload(&self) -> Result<OldWorkers, ProxyError> {
-        let ticket = self.inner.asked.fetch_add(1, Ordering::SeqCst) + 1;
-        let mut last = self.inner.last.lock().await;
-        if last.served < ticket {
-            *last = self.reload_now().await;
-        }
-        last.outcome.clone()
-    }
-
-    async fn reload_now(&self) -> LastReload {
-        let closing = Closing::begin();
-        sleep(CLOSING_TIME).await;
-        // Who asks from here on may have written a file after nginx has read it.
-        let served = self.inner.asked.load(Ordering::SeqCst);
-        let outcome = match closing {
-            Ok(_ended_when_settled) => self.reload_and_settle().await,
-            Err(error) => Err(error.into()),
-        };
-        LastReload { served, outcome }
-    }
-
-    async fn reload_and_settle(&self) -> Result<OldWorkers, ProxyError> {
-        let before = self.workers().await?;
-        let reloaded = self.inner.systemd.reload_unit(UNIT, RELOAD_LIMIT).await;
-        let log = Path::new(RUN_FOLDER).join("reload.log");
-        let said = store::read(&log).ok().flatten().unwrap_or_default();
-        let said = String::from_utf8_lossy(&said).trim().to_owned();
-        // An old one must not be taken for the next one's.
-        store::remove(&log)?;
-        match reloaded {
-            Ok(()) => {}
-            // Without a word of nginx's it was not nginx that refused.
-            Err(SystemdError::Job { .. } | SystemdError::Refused { .. }) if !said.is_empty() => {
-                return Err(ProxyError::Refused { message: said });
-            }
-            Err(error) => return Err(error.into()),
-        }
-        let deadline = Instant::now() + SETTLE_LIMIT;
-        loop {
-            let now = self.workers().await?;
-            if has_settled(&before, &now) {
-                return Ok(OldWorkers {
-                    pids: before
-                        .into_keys()
-                        .filter(|pid| now.contains_key(pid))
-                        .collect(),
-                });
-            }
-            if Instant::now() > deadline {
-                let message = format!(
-                    "nginx took the reload but kept its configuration for {} s: see `journalctl -u {UNIT}` on the node",
-                    SETTLE_LIMIT.as_secs()
-                );
-                return Err(ProxyError::Refused { message });
-            }
-            sleep(LOOK_INTERVAL).await;
-        }
-    }
-
-    async fn workers(&self) -> Result<BTreeMap<u32, Worker>, ProxyError> {
-        let processes = self.processes().await?;
-        Ok(processes
-            .into_iter()
-            .filter_map(|(pid, title)| Some((pid, worker(&title)?)))
-            .collect())
-    }
-
-    async fn processes(&self) -> Result<Vec<(u32, String)>, ProxyError> {
-        match self.inner.systemd.unit_processes(UNIT).await {
-            Ok(processes) => Ok(processes),
-            Err(SystemdError::NoSuchUnit { .. }) => Ok(Vec::new()),
-            Err(error) => Err(error.into()),
-        }
-    }
-}
-
-/// Connections are ended in an orderly way for as long as this lives.
-struct Closing;
-
-impl Closing {
-    fn begin() -> Result<Self, StoreError> {
-        write_durably(Path::new(CLOSING_FILE), b"", 0o644)?;
-        Ok(Self)
-    }
-
-    fn end() {
-        // Left behind, it costs every request a connection until the next reload.
-        if let Err(error) = store::remove(Path::new(CLOSING_FILE)) {
-            warn!(%error, "the proxy's connections are not kept alive");
-        }
-    }
-}
-
-impl Drop for Closing {
-    fn drop(&mut self) {
-        Self::end();
     }
 }
 
@@ -579,37 +434,6 @@ fn not_in_force(host: &str, message: String) -> ProxyError {
         host: host.to_owned(),
         message,
     }
-}
-
-/// What a worker of nginx does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Worker {
-    /// It accepts connections.
-    Serving,
-    /// It ends what it has.
-    Retiring,
-}
-
-/// What a process does, by the title that nginx gives it, which systemd quotes; nothing if it is no worker.
-pub(super) fn worker(title: &str) -> Option<Worker> {
-    let title = title
-        .trim_matches('"')
-        .strip_prefix("nginx: worker process")?;
-    Some(if title.contains("is shutting down") {
-        Worker::Retiring
-    } else {
-        Worker::Serving
-    })
-}
-
-/// Whether a reload is in force for every new connection: no worker of before it accepts any, and a new one does.
-pub(super) fn has_settled(before: &BTreeMap<u32, Worker>, now: &BTreeMap<u32, Worker>) -> bool {
-    let mut serving = now
-        .iter()
-        .filter(|(_, worker)| **worker == Worker::Serving)
-        .map(|(pid, _)| pid)
-        .peekable();
-    serving.peek().is_some() && serving.all(|pid| !before.contains_key(pid))
 }
 
 /// The host names that a file of [`render_virtual_host`] has.

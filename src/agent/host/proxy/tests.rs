@@ -1,7 +1,8 @@
 use proptest::prelude::*;
 
 use super::configuration::render_virtual_host;
-use super::control::{Worker, has_settled, hosts_of, worker};
+use super::control::hosts_of;
+use super::reload::{Worker, has_settled, worker};
 use super::*;
 
 fn app(name: &str) -> AppName {

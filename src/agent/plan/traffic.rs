@@ -1,0 +1,112 @@
+//! What the proxy is to serve, and whether it was seen to.
+
+use std::time::Duration;
+
+use super::{Step, committed, waiting};
+use crate::agent::host::proxy::{HostName, Route, RouteTarget, VirtualHost};
+use crate::agent::host::records::{AttemptRecord, ProcessRecord};
+use crate::agent::view::{HeldUp, Observed};
+use crate::api::names::{AppName, ReleaseId};
+use crate::api::release::Template;
+
+pub(super) enum Traffic<'a> {
+    InForce(Duration),
+    Step(Step),
+    HeldUp(&'a HeldUp),
+}
+
+/// Whether the proxy does what `wanted` says, measured; else what to do.
+pub(super) fn traffic<'a>(observed: &'a Observed, wanted: Option<&VirtualHost>) -> Traffic<'a> {
+    let view = &observed.host.virtual_host;
+    let step = match (wanted, &view.in_force) {
+        (Some(wanted), Some((in_force, since))) if wanted == in_force => {
+            return Traffic::InForce(*since);
+        }
+        (Some(wanted), _) => Step::Publish(Box::new(wanted.clone())),
+        (None, None) if !view.file => return Traffic::InForce(Duration::ZERO),
+        (None, _) => Step::RemoveVirtualHost,
+    };
+    match waiting(observed) {
+        Some(held_up) => Traffic::HeldUp(held_up),
+        None => Traffic::Step(step),
+    }
+}
+
+/// The virtual host of what is committed.
+pub fn committed_virtual_host(observed: &Observed) -> Option<VirtualHost> {
+    let release = committed(observed)?;
+    virtual_host(
+        &observed.app,
+        release.release_id,
+        &release.template,
+        &release.processes,
+        &[],
+    )
+}
+
+/// The virtual host of an attempt that takes the traffic: what the old served is its backup.
+pub(super) fn attempt_virtual_host(
+    observed: &Observed,
+    attempt: &AttemptRecord,
+) -> Option<VirtualHost> {
+    let old: &[ProcessRecord] = committed(observed).map_or(&[], |release| &release.processes);
+    virtual_host(
+        &observed.app,
+        attempt.wish.release_id,
+        &attempt.wish.template,
+        &attempt.processes,
+        old,
+    )
+}
+
+/// What the proxy serves for `processes`; nothing if none has a route. Host names that are not valid
+/// were refused where the Release was read.
+pub fn virtual_host(
+    app: &AppName,
+    release_id: ReleaseId,
+    template: &Template,
+    processes: &[ProcessRecord],
+    old: &[ProcessRecord],
+) -> Option<VirtualHost> {
+    let port_of = |records: &[ProcessRecord], name: &str| {
+        records.iter().find(|p| p.name == name).and_then(|p| p.port)
+    };
+    let routes: Vec<Route> = template
+        .processes
+        .iter()
+        .filter_map(|process| {
+            let route = process.route.as_ref()?;
+            let target = match port_of(processes, &process.name) {
+                Some(primary) => RouteTarget::Port {
+                    primary,
+                    backup: port_of(old, &process.name).filter(|backup| *backup != primary),
+                },
+                None => RouteTarget::Unavailable,
+            };
+            let hosts = route
+                .hosts
+                .iter()
+                .filter_map(|host| HostName::parse(host).ok())
+                .collect();
+            let measured_path = match process
+                .readiness_probe
+                .as_ref()
+                .and_then(|probe| probe.http_get.as_ref())
+            {
+                Some(get) => get.path.clone(),
+                None => "/".to_owned(),
+            };
+            Some(Route {
+                process: process.name.clone(),
+                hosts,
+                target,
+                measured_path,
+            })
+        })
+        .collect();
+    (!routes.is_empty()).then(|| VirtualHost {
+        app: app.clone(),
+        release_id,
+        routes,
+    })
+}

@@ -2,7 +2,7 @@
 //! declared as Kubernetes custom resources.
 //!
 //! In reading order: `api` is the contract, `runtime` what both sides need
-//! besides kube-rs, `controller` the cluster side.
+//! besides kube-rs, `controller` the cluster side, `agent` the node side.
 
 pub mod agent;
 pub mod api;

@@ -332,8 +332,12 @@ fn rolling(facts: &Facts<'_>, served: &str) -> Verdict {
     let held_up = active
         .iter()
         .all(|n| n.release.as_ref().is_some_and(|r| r.held_up()));
+    // A node that still has its old spec says nothing of the wanted revision.
+    let wanted = facts.wanted.map(|wanted| wanted.revision.as_str());
     let failure = active.iter().find_map(|node| {
-        let (failure, _) = node.release.as_ref()?.failure()?;
+        let release = node.release.as_ref();
+        let release = release.filter(|release| Some(release.spec.revision.as_str()) == wanted)?;
+        let (failure, _) = release.failure()?;
         Some((node, failure))
     });
     let (reason, more) = match failure {

@@ -90,14 +90,9 @@ say_what_happened() {
 follow_rollout() {
     local name=$1 commit=$2 begin=$SECONDS before='' now
     while :; do
-        now=$(rollout_state "$name")
-        comm -13 <(sort <<<"$before") <(sort <<<"$now") | while read -r who what; do
-            if [[ -n $what ]]; then
-                printf '  %4d s  %-12s  %s\n' $((SECONDS - begin)) "$who" "$what"
-            fi
-        done
-        before=$now
+        print_changes
         if is_served "$name" "$commit"; then
+            print_changes # what came between the two looks
             return
         fi
         if ((SECONDS - begin > rollout_timeout_seconds)); then
@@ -106,6 +101,17 @@ follow_rollout() {
         fi
         sleep 0.3
     done
+}
+
+# For follow_rollout alone, whose variables it uses.
+print_changes() {
+    now=$(rollout_state "$name")
+    comm -13 <(sort <<<"$before") <(sort <<<"$now") | while read -r who what; do
+        if [[ -n $what ]]; then
+            printf '  %4d s  %-12s  %s\n' $((SECONDS - begin)) "$who" "$what"
+        fi
+    done
+    before=$now
 }
 
 # A line for each: who, and where it is.

@@ -139,6 +139,7 @@ impl Proxy {
             ..
         } = &*self.inner;
         store::make_folder(&self.vhosts(), 0o755, None)?;
+        store::make_folder(&self.paused(), 0o755, None)?;
         for (name, text) in configuration::render_files(settings, folder) {
             replace(&folder.join(name), text.as_bytes())?;
         }
@@ -266,9 +267,6 @@ impl Proxy {
                 RouteTarget::Port { .. } | RouteTarget::Unavailable => {}
             }
         }
-        if !paused.is_empty() {
-            store::make_folder(&self.paused(), 0o755, None)?;
-        }
         for file in &paused {
             replace(&self.paused().join(file), b"")?;
         }
@@ -277,9 +275,6 @@ impl Proxy {
 
     /// Removes an app's other pause files, once what is in force has no use for them.
     fn end_pauses(&self, app: &AppName, but: &BTreeSet<String>) -> Result<(), ProxyError> {
-        if !self.paused().is_dir() {
-            return Ok(());
-        }
         for name in store::names_in(&self.paused())? {
             if name.starts_with(&pause_files_of(app)) && !but.contains(&name) {
                 store::remove(&self.paused().join(name))?;

@@ -137,6 +137,7 @@ mod tests {
             build_result: None,
             processes: vec![],
             switching: false,
+            stopped_old: vec![],
             outcome,
         }
     }

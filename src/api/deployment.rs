@@ -553,8 +553,11 @@ pub struct Route {
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = ("!has(self.progressDeadlineSeconds) || !has(self.minReadySeconds) || self.progressDeadlineSeconds > self.minReadySeconds", "progressDeadlineSeconds must be greater than minReadySeconds"))]
 pub struct Strategy {
-    /// `BlueGreen`, which is also what absent means: start the new, wait until it is healthy, switch
-    /// the traffic, bake, commit, drain, stop the old. Old and new run side by side for a while.
+    /// `BlueGreen`: start the new, wait until it is healthy, switch the traffic, bake, commit, drain, stop
+    /// the old. Old and new run side by side for a while, workers too, and share their state. `Recreate`:
+    /// what changes is stopped first, and its routes answer 503 with `Retry-After` until the new is healthy;
+    /// should it fail, the old is started again. Absent means `Recreate` if any process has a
+    /// `stateDirectory`, else `BlueGreen`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub switch: Option<Switch>,
     /// Nodes that may be unavailable or changing at once: a number, or a percentage of the nodes that
@@ -606,6 +609,8 @@ fn max_unavailable_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema
 pub enum Switch {
     /// Old and new run side by side until the new one is committed.
     BlueGreen,
+    /// The old processes are stopped before the new ones start: the two never run at the same time.
+    Recreate,
 }
 
 /// What the controller has seen and decided.

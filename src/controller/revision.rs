@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 
 use crate::api::DeploymentSpec;
-use crate::api::deployment::{GitReference, GitSource, Strategy, Switch};
+use crate::api::deployment::{GitReference, GitSource, Process, Strategy, Switch};
 use crate::api::names::{Commit, RevisionName, hex_digest};
 use crate::api::release::{Template, TemplateSource};
 
@@ -59,9 +59,18 @@ pub fn render(spec: &DeploymentSpec, source: &GitSource) -> Template {
         build: spec.build.clone(),
         env: spec.env.clone(),
         processes: spec.processes.clone(),
-        switch: switch.unwrap_or(Switch::BlueGreen),
+        switch: switch.unwrap_or_else(|| default_switch(&spec.processes)),
         min_ready_seconds,
         keep_releases: spec.keep_releases,
+    }
+}
+
+/// How a Deployment that does not say it changes over: what two processes do to one state folder at the same
+/// time is known to its author alone.
+fn default_switch(processes: &[Process]) -> Switch {
+    match processes.iter().any(|process| process.state_directory) {
+        true => Switch::Recreate,
+        false => Switch::BlueGreen,
     }
 }
 
@@ -313,5 +322,23 @@ mod tests {
             String::from_utf8_lossy(&out),
             r#"{"a":true,"b":[1,{"a":null,"z":"\""}]}"#
         );
+    }
+
+    #[test]
+    fn what_has_state_is_recreated_unless_its_spec_says_otherwise() {
+        let switch = |state: bool, said: Option<Switch>| {
+            let mut spec = deployment_spec();
+            spec.processes[0].state_directory = state;
+            spec.strategy = Some(Strategy {
+                switch: said,
+                ..Strategy::default()
+            });
+            let source = spec.source.git.clone().unwrap_or_else(|| panic!("git"));
+            render(&spec, &source).switch
+        };
+        assert_eq!(switch(false, None), Switch::BlueGreen);
+        assert_eq!(switch(true, None), Switch::Recreate);
+        assert_eq!(switch(true, Some(Switch::BlueGreen)), Switch::BlueGreen);
+        assert_eq!(switch(false, Some(Switch::Recreate)), Switch::Recreate);
     }
 }

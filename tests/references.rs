@@ -116,7 +116,7 @@ async fn a_missing_key_keeps_what_serves_and_is_healed_when_it_appears() {
     space.apply(&manifest).await;
     space.ready_at("shop", &repository.commit).await;
     config_map(&space, "shop", json!({"other": "x"})).await;
-    manifest["spec"]["env"] = json!([reference("MESSAGE", "message")]);
+    manifest["spec"]["processes"][0]["env"] = json!([reference("MESSAGE", "message")]);
     space.apply(&manifest).await;
     let stalled = space
         .deployment_until("shop", "ReferenceNotFound", LIMIT, |d| {

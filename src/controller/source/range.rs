@@ -98,9 +98,9 @@ fn alternative(text: &str) -> Result<VersionReq, BadRange> {
 /// A comparator as the semver crate spells it: there, a bare version would mean `^`.
 fn comparator(operator: &str, version: &str) -> String {
     let version = version.strip_prefix('v').unwrap_or(version);
-    let wild = |part: &&str| matches!(*part, "x" | "X" | "*");
+    let wild = |part: &str| matches!(part, "x" | "X" | "*");
     let numbers: Vec<&str> = version.split('.').collect();
-    let Some(at) = numbers.iter().position(|part| wild(&part)) else {
+    let Some(at) = numbers.iter().position(|part| wild(part)) else {
         let operator = if operator.is_empty() { "=" } else { operator };
         return format!("{operator}{version}");
     };

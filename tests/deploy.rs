@@ -9,7 +9,7 @@
 
 mod support;
 
-use serde_json::{Value, json};
+use serde_json::json;
 use support::{DEPLOY_LIMIT, LIMIT, Space, app, folder, is, reason, until};
 
 const NODE: &str = "n1";

@@ -400,6 +400,14 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
             "the first word of a command names a program",
         ),
         (
+            "a worker without a port that is asked for one",
+            with(
+                PROCESS,
+                json!({"name": "worker", "command": ["./worker"], "livenessProbe": {"tcpSocket": {}}}),
+            ),
+            "an httpGet or tcpSocket livenessProbe needs port",
+        ),
+        (
             "a liveness probe of no kind",
             process("livenessProbe", json!({"periodSeconds": 5})),
             "set exactly one of httpGet, tcpSocket, exec",
@@ -565,6 +573,13 @@ fn accepted() -> Vec<(&'static str, Value)> {
         (
             "a worker without port",
             with(PROCESS, json!({"name": "worker", "command": ["./worker"]})),
+        ),
+        (
+            "a worker that is probed by a command",
+            with(
+                PROCESS,
+                json!({"name": "worker", "command": ["./worker"], "readinessProbe": {"exec": {"command": ["./check"]}}}),
+            ),
         ),
         (
             "numbers for quantities",

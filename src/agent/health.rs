@@ -413,6 +413,10 @@ fn start_failure(process: &Process, tracker: &Tracker, state: &UnitState) -> Rec
                 "process {name} did not say READY=1 in time: call sd_notify, or use type Simple"
             )
         }
+        Some((result, _, _)) if result == "protocol" => format!(
+            "process {name} {} and never said READY=1: call sd_notify, or use type Simple",
+            end_of(end)
+        ),
         end => format!("process {name} {} before it was ready", end_of(end)),
     };
     failure(Reason::StartFailed, message)
@@ -636,6 +640,7 @@ mod tests {
             ("signal", 2, 11, Reason::StartFailed, "signal 11"),
             ("oom-kill", 2, 9, Reason::ExceededMemory, "memory"),
             ("timeout", 2, 15, Reason::StartFailed, "READY=1"),
+            ("protocol", 1, 0, Reason::StartFailed, "READY=1"),
         ] {
             let state = UnitState {
                 active_state: ActiveState::Activating,

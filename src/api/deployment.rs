@@ -313,7 +313,9 @@ pub struct Process {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub env: Vec<EnvVar>,
-    /// How the process says that it is up: `Simple` by its probe, `Notify` by sd_notify READY=1.
+    /// How the process says that it is up: `Simple` by its probe, `Notify` by sd_notify READY=1, and its
+    /// probe then. For READY=1 it has 90 seconds, or, with a readinessProbe, the time of its failures:
+    /// `initialDelaySeconds` and `failureThreshold` times `periodSeconds`.
     #[serde(default, rename = "type")]
     #[schemars(default = "default_process_type")]
     pub process_type: ProcessType,

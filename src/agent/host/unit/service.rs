@@ -138,7 +138,7 @@ fn service_text(spec: &ServiceSpec<'_>, port: Option<u16>) -> Result<String, Uni
         Setting::new("SyslogIdentifier", Value::Text(process.name.clone())),
         Setting::new("Restart", Value::Text("always".to_owned())),
         Setting::new("RestartSec", Value::Seconds(1)),
-        Setting::new("TimeoutStartSec", Value::Seconds(SERVICE_START_SECONDS)),
+        Setting::new("TimeoutStartSec", Value::Seconds(start_seconds(process))),
     ];
     if process.process_type == ProcessType::Notify {
         settings.push(Setting::new("NotifyAccess", Value::Text("main".to_owned())));
@@ -295,8 +295,19 @@ pub fn probe_properties(
     Ok(settings)
 }
 
-/// Seconds in which a service must be executed, or have said READY=1.
+/// Seconds in which a service must be executed, or have said READY=1, unless its probe allows another time.
 const SERVICE_START_SECONDS: u32 = 90;
+
+/// What is not ready yet has the time that its probe's failures take, whichever way it says that it is.
+fn start_seconds(process: &Process) -> u32 {
+    match (&process.process_type, &process.readiness_probe) {
+        (ProcessType::Notify, Some(probe)) => probe
+            .period_seconds
+            .saturating_mul(probe.failure_threshold)
+            .saturating_add(probe.initial_delay_seconds),
+        (ProcessType::Notify, None) | (ProcessType::Simple, _) => SERVICE_START_SECONDS,
+    }
+}
 
 /// What Kari tells every process, and users cannot change: nothing that changes when the content does not.
 fn own_variables<'a>(

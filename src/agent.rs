@@ -42,6 +42,7 @@ use tracing::{info, warn};
 
 use self::host::limits::{self, Limits};
 use self::host::mirror::{MirrorSettings, Mirrors};
+use self::host::probe;
 use self::host::proxy::{Proxy, ProxySettings};
 use self::host::slices::{self, SlicesError};
 use self::host::store::{Store, StoreError, UNIT_FOLDER, UnitFiles};
@@ -262,9 +263,11 @@ async fn prepare_host(
     config: &Config,
     trigger: Trigger<AppName>,
 ) -> Result<(Host, mpsc::Receiver<HostEvent>), AgentError> {
+    // Holds the disk: no other agent's probes run.
     let store = Store::open(Path::new(STORE))?;
     let units = UnitFiles::new(Path::new(UNIT_FOLDER));
     let (systemd, events) = Systemd::connect(None).await?;
+    probe::exec::sweep(&systemd).await?;
     slices::install(&systemd, &units).await?;
     // Now, so that they do not come and go with the first and the last app.
     for slice in ["kari-apps.slice", "kari-builds.slice"] {

@@ -46,6 +46,7 @@ fn good() -> Value {
                 "type": "Simple",
                 "port": {"env": "PORT"},
                 "readinessProbe": {"httpGet": {"path": "/healthz"}, "periodSeconds": 2, "timeoutSeconds": 1},
+                "livenessProbe": {"exec": {"command": ["sh", "-c", "curl -f localhost:$PORT"]}, "initialDelaySeconds": 5, "successThreshold": 1},
                 "resources": {"limits": {"cpu": "500m", "memory": "256Mi", "tasks": 128}},
                 "terminationGracePeriodSeconds": 30,
                 "stateDirectory": true,
@@ -422,12 +423,38 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
         (
             "a probe of two kinds",
             process("readinessProbe", json!({"httpGet": {}, "tcpSocket": {}})),
-            "set exactly one of httpGet, tcpSocket",
+            "set exactly one of httpGet, tcpSocket, exec",
         ),
         (
             "a probe of no kind",
             process("readinessProbe", json!({})),
-            "set exactly one of httpGet, tcpSocket",
+            "set exactly one of httpGet, tcpSocket, exec",
+        ),
+        (
+            "a probe by a command without a program",
+            process("readinessProbe", json!({"exec": {"command": ["A=1"]}})),
+            "the first word of a command names a program",
+        ),
+        (
+            "a worker without a port that is asked for one",
+            with(
+                PROCESS,
+                json!({"name": "worker", "command": ["./worker"], "livenessProbe": {"tcpSocket": {}}}),
+            ),
+            "an httpGet or tcpSocket livenessProbe needs port",
+        ),
+        (
+            "a liveness probe of no kind",
+            process("livenessProbe", json!({"periodSeconds": 5})),
+            "set exactly one of httpGet, tcpSocket, exec",
+        ),
+        (
+            "a liveness probe that wants two successes",
+            process(
+                "livenessProbe",
+                json!({"tcpSocket": {}, "successThreshold": 2}),
+            ),
+            "less than or equal to 1",
         ),
         (
             "a probe that outlasts its period",
@@ -582,6 +609,13 @@ fn accepted() -> Vec<(&'static str, Value)> {
         (
             "a worker without port",
             with(PROCESS, json!({"name": "worker", "command": ["./worker"]})),
+        ),
+        (
+            "a worker that is probed by a command",
+            with(
+                PROCESS,
+                json!({"name": "worker", "command": ["./worker"], "readinessProbe": {"exec": {"command": ["./check"]}}}),
+            ),
         ),
         (
             "numbers for quantities",

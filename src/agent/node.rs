@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use kube::core::DeserializeGuard;
 use kube::runtime::reflector::{ObjectRef, Store as Reflected};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 use super::host::limits::Limits;
 use super::host::mirror::Mirrors;
+use super::host::probe::exec::EXEC_SLOTS;
 use super::host::proxy::{HostName, Proxy};
 use super::host::store::{Store, UnitFiles};
 use super::host::systemd::Systemd;
@@ -58,6 +59,8 @@ pub struct Node {
     pub client: kube::Client,
     /// The build slots.
     pub slots: Mutex<Slots>,
+    /// Commands of probes that may run.
+    pub probe_slots: Semaphore,
     /// One choice of ports at a time.
     pub choosing: tokio::sync::Mutex<()>,
     /// Hosts that apps have claimed and may not have published yet.
@@ -98,6 +101,7 @@ impl Node {
             listed: AtomicBool::new(false),
             client,
             slots: Mutex::new(Slots::new(build_slots)),
+            probe_slots: Semaphore::new(EXEC_SLOTS),
             choosing: tokio::sync::Mutex::new(()),
             claims: Mutex::new(BTreeMap::new()),
             trash: Notify::new(),

@@ -388,7 +388,8 @@ pub struct ResourceLimits {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = ("!has(self.route) || has(self.port)", "a process with a route needs port"))]
-#[x_kube(validation = ("!has(self.readinessProbe) || has(self.port)", "an httpGet or tcpSocket readinessProbe needs port"))]
+#[x_kube(validation = ("!has(self.readinessProbe) || has(self.readinessProbe.exec) || has(self.port)", "an httpGet or tcpSocket readinessProbe needs port"))]
+#[x_kube(validation = ("!has(self.livenessProbe) || has(self.livenessProbe.exec) || has(self.port)", "an httpGet or tcpSocket livenessProbe needs port"))]
 #[x_kube(validation = ("!has(self.port) || !has(self.env) || !self.env.exists(e, e.name == self.port.env)", "env must not set the variable that port.env names"))]
 #[x_kube(validation = ("!has(self.port) || !has(self.sandbox) || !has(self.sandbox.addressFamilies) || self.sandbox.addressFamilies.size() == 0 || self.sandbox.addressFamilies.exists(f, f == 'AF_INET' || f == 'AF_INET6')", "a process with a port needs AF_INET or AF_INET6"))]
 pub struct Process {
@@ -409,7 +410,9 @@ pub struct Process {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub env: Vec<EnvVar>,
-    /// How the process says that it is up: `Simple` by its probe, `Notify` by sd_notify READY=1.
+    /// How the process says that it is up: `Simple` by its probe, `Notify` by sd_notify READY=1, and its
+    /// probe then. For READY=1 it has 90 seconds, or, with a readinessProbe, the time of its failures:
+    /// `initialDelaySeconds` and `failureThreshold` times `periodSeconds`.
     #[serde(default, rename = "type")]
     #[schemars(default = "default_process_type")]
     pub process_type: ProcessType,
@@ -419,7 +422,12 @@ pub struct Process {
     /// When the process may get traffic. Without it: when its port is listened on; without a
     /// port: when it has run for `strategy.minReadySeconds` without a restart.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub readiness_probe: Option<Probe>,
+    pub readiness_probe: Option<ReadinessProbe>,
+    /// Whether the process still works. It is asked from when the process was ready first; after
+    /// `failureThreshold` failures in a row the process, and no other, is restarted: at once the first
+    /// time, then at intervals that double from 10 s to 300 s until it was alive for 10 minutes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub liveness_probe: Option<LivenessProbe>,
     /// What the process may use at most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resources: Option<ProcessResources>,
@@ -469,18 +477,21 @@ pub struct Port {
     pub env: String,
 }
 
-/// A check of a process, with core/v1's meaning of its timings.
+/// Whether a process may get traffic, with core/v1's meaning of the timings.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = ("[has(self.httpGet), has(self.tcpSocket)].exists_one(x, x)", "set exactly one of httpGet, tcpSocket"))]
+#[x_kube(validation = ("[has(self.httpGet), has(self.tcpSocket), has(self.exec)].exists_one(x, x)", "set exactly one of httpGet, tcpSocket, exec"))]
 #[x_kube(validation = ("!has(self.timeoutSeconds) || !has(self.periodSeconds) || self.timeoutSeconds <= self.periodSeconds", "timeoutSeconds must not exceed periodSeconds"))]
-pub struct Probe {
+pub struct ReadinessProbe {
     /// Succeeds on a status from 200 to 399.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub http_get: Option<HttpGet>,
     /// Succeeds when a connection is accepted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tcp_socket: Option<TcpSocket>,
+    /// Succeeds when a command ends with exit 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exec: Option<ExecAction>,
     /// Seconds to wait before the first check.
     #[serde(default)]
     #[schemars(range(min = 0, max = 3600))]
@@ -508,6 +519,63 @@ fn default_one() -> u32 {
 }
 fn default_failure_threshold() -> u32 {
     60
+}
+
+/// Whether a process still works, with core/v1's timings and defaults.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = ("[has(self.httpGet), has(self.tcpSocket), has(self.exec)].exists_one(x, x)", "set exactly one of httpGet, tcpSocket, exec"))]
+#[x_kube(validation = ("!has(self.timeoutSeconds) || !has(self.periodSeconds) || self.timeoutSeconds <= self.periodSeconds", "timeoutSeconds must not exceed periodSeconds"))]
+pub struct LivenessProbe {
+    /// Succeeds on a status from 200 to 399.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub http_get: Option<HttpGet>,
+    /// Succeeds when a connection is accepted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tcp_socket: Option<TcpSocket>,
+    /// Succeeds when a command ends with exit 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exec: Option<ExecAction>,
+    /// Seconds after a start before the first check.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 3600))]
+    pub initial_delay_seconds: u32,
+    /// Seconds between two checks.
+    #[serde(default = "default_liveness_period_seconds")]
+    #[schemars(range(min = 1, max = 3600))]
+    pub period_seconds: u32,
+    /// Seconds after which a check has failed.
+    #[serde(default = "default_one")]
+    #[schemars(range(min = 1, max = 3600))]
+    pub timeout_seconds: u32,
+    /// Successes in a row that make it alive: one, as in core/v1.
+    #[serde(default = "default_one")]
+    #[schemars(range(min = 1, max = 1))]
+    pub success_threshold: u32,
+    /// Failures in a row after which the process is restarted.
+    #[serde(default = "default_liveness_failure_threshold")]
+    #[schemars(range(min = 1, max = 3600))]
+    pub failure_threshold: u32,
+}
+
+fn default_liveness_period_seconds() -> u32 {
+    10
+}
+fn default_liveness_failure_threshold() -> u32 {
+    3
+}
+
+/// A command that is run beside the process: as its user, in its jail, with its environment, files,
+/// /tmp and network, and with limits as its own.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct ExecAction {
+    /// The command with its arguments, without a shell and as it stands, as in core/v1: a variable
+    /// such as the port is for `[sh, -c, 'curl -f localhost:$PORT']`. The program is looked for as
+    /// that of the process is.
+    #[schemars(length(min = 1, max = 64), inner(length(max = 4096), regex(pattern = r"^[^\x00-\x08\x0b-\x1f\x7f]*$")), extend("x-kubernetes-list-type" = "atomic"))]
+    #[x_kube(validation = ("self.size() == 0 || (self[0] != '' && !self[0].contains('='))", "the first word of a command names a program: not empty and without '='"))]
+    pub command: Vec<String>,
 }
 
 /// A GET to the process.

@@ -25,7 +25,10 @@ pub use build::{
     BuildSpec, DEFAULT_BUILD_LIMITS, EXIT_NO_DIRECTORY, build_environment, build_key, build_script,
     build_step,
 };
-pub use service::{ServiceSpec, ServiceUnit, process_environment, process_variables, service_unit};
+pub use service::{
+    ServiceSpec, ServiceUnit, probe_properties, process_environment, process_variables,
+    service_unit,
+};
 pub use step::{StepLimits, StepSpec, step_properties};
 
 /// A unit that cannot be made from the spec: it has to be changed.
@@ -95,7 +98,7 @@ pub enum OwnUnit {
         /// The mirror's key.
         mirror: String,
     },
-    /// The agent's own: its proxy, its slices, its canaries.
+    /// The agent's own: its proxy, its slices, its canaries, its probes.
     Agent,
 }
 

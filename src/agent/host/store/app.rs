@@ -259,9 +259,14 @@ impl AppFolder {
         Ok((digest, path))
     }
 
+    /// Where the state folder of a process is, or would be.
+    pub fn state_folder(&self, process: &str) -> PathBuf {
+        self.path.join("state").join(process)
+    }
+
     /// Makes the state folder of a process for the user `uid`, and leaves one that is there as it is.
     pub fn create_state(&self, process: &str, uid: u32) -> Result<PathBuf, StoreError> {
-        let path = self.path.join("state").join(file_name(process)?);
+        let path = self.state_folder(file_name(process)?);
         if !path.is_dir() {
             durable::make_folder(&path, 0o700, Some(uid))?;
         }

@@ -8,6 +8,7 @@
 pub mod records;
 pub mod seal;
 pub mod store;
+mod tree;
 pub mod users;
 
 // What systemd is told (pure), and telling it.

@@ -18,6 +18,9 @@ pub mod slices;
 pub mod systemd;
 pub mod unit;
 
+// Who may do what when.
+pub mod turns;
+
 // Whether it does what it was told.
 pub mod limits;
 pub mod port;

@@ -6,8 +6,9 @@
 //! gone. What ran before the agent started is said first ([`Slots::resume`]).
 //! Waiting holds nothing.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 
+use super::host::turns::Turns;
 use super::view::SlotView;
 use crate::api::names::AppName;
 
@@ -19,8 +20,7 @@ pub struct Slots {
     given: BTreeSet<AppName>,
     /// A build of theirs was seen, and not yet seen to be gone.
     building: BTreeSet<AppName>,
-    /// Namespaces in turn, each with those who wait.
-    waiting: VecDeque<(String, VecDeque<AppName>)>,
+    waiting: Turns<AppName>,
 }
 
 /// What a look at an app says of its build.
@@ -41,7 +41,7 @@ impl Slots {
             limit,
             given: BTreeSet::new(),
             building: BTreeSet::new(),
-            waiting: VecDeque::new(),
+            waiting: Turns::default(),
         }
     }
 
@@ -80,22 +80,11 @@ impl Slots {
         if self.given.contains(app) {
             return SlotView::Granted;
         }
-        if !self.waiting.iter().any(|(_, apps)| apps.contains(app)) {
-            match self
-                .waiting
-                .iter_mut()
-                .find(|(namespace, _)| namespace == app.namespace())
-            {
-                Some((_, apps)) => apps.push_back(app.clone()),
-                None => self
-                    .waiting
-                    .push_back((app.namespace().to_owned(), VecDeque::from([app.clone()]))),
-            }
-        }
+        self.waiting.push(app.namespace(), app.clone());
         let order = self.order();
         let position = order.iter().position(|waiting| waiting == app).unwrap_or(0);
         if position < self.free() {
-            self.take(app);
+            self.waiting.serve(app);
             self.given.insert(app.clone());
             return SlotView::Granted;
         }
@@ -115,13 +104,7 @@ impl Slots {
     /// The apps that have to be looked at.
     pub fn withdraw(&mut self, app: &AppName) -> Vec<AppName> {
         self.given.remove(app);
-        let mut waited = false;
-        for (_, apps) in &mut self.waiting {
-            let before = apps.len();
-            apps.retain(|waiting| waiting != app);
-            waited |= apps.len() != before;
-        }
-        self.waiting.retain(|(_, apps)| !apps.is_empty());
+        let waited = self.waiting.remove(app);
         if waited { self.order() } else { self.next() }
     }
 
@@ -134,35 +117,7 @@ impl Slots {
 
     /// All who wait, in the order in which they will be served.
     fn order(&self) -> Vec<AppName> {
-        let longest = self
-            .waiting
-            .iter()
-            .map(|(_, apps)| apps.len())
-            .max()
-            .unwrap_or(0);
-        (0..longest)
-            .flat_map(|turn| {
-                self.waiting
-                    .iter()
-                    .filter_map(move |(_, apps)| apps.get(turn))
-                    .cloned()
-            })
-            .collect()
-    }
-
-    /// Takes an app out of the queue; its namespace goes to the end.
-    fn take(&mut self, app: &AppName) {
-        if let Some(at) = self
-            .waiting
-            .iter()
-            .position(|(namespace, _)| namespace == app.namespace())
-            && let Some((namespace, mut apps)) = self.waiting.remove(at)
-        {
-            apps.retain(|waiting| waiting != app);
-            if !apps.is_empty() {
-                self.waiting.push_back((namespace, apps));
-            }
-        }
+        self.waiting.order().into_iter().cloned().collect()
     }
 }
 
@@ -211,7 +166,11 @@ mod tests {
             ("a.y", Wanted, queued(2, 2)),
             ("a.w", Wanted, SlotView::Granted),
         ] {
-            assert_eq!(look(&mut slots, name, seen), view, "{name} {seen:?}: {slots:?}");
+            assert_eq!(
+                look(&mut slots, name, seen),
+                view,
+                "{name} {seen:?}: {slots:?}"
+            );
         }
     }
 
@@ -232,31 +191,18 @@ mod tests {
     }
 
     #[test]
-    fn the_namespaces_take_turns_and_within_one_the_first_comes_first() {
-        for (came, served) in [
-            (&["a.1", "a.2", "a.3", "b.1"][..], &["a.1", "b.1", "a.2", "a.3"][..]),
-            (&["b.2", "b.1", "a.1", "c.1", "c.2", "a.2", "c.3"], &["b.2", "a.1", "c.1", "b.1", "a.2", "c.2", "c.3"]),
-            (&["a.1", "b.1", "a.2", "b.2"], &["a.1", "b.1", "a.2", "b.2"]),
-        ] {
-            let mut slots = Slots::new(1);
-            slots.resume([app("z.z")]);
-            for name in came {
-                look(&mut slots, name, Wanted);
-            }
-            assert_eq!(order(&slots), served);
-            // They are served in the order that they were told.
-            look(&mut slots, "z.z", Nothing);
-            for (at, name) in served.iter().enumerate() {
-                for (later, waiting) in served[at + 1..].iter().enumerate() {
-                    let view = look(&mut slots, waiting, Wanted);
-                    let place = u32::try_from(later + 2).unwrap();
-                    assert_eq!(view, queued(place, u32::try_from(served.len() - at).unwrap()), "{waiting} while {name} is first");
-                }
-                assert_eq!(look(&mut slots, name, Wanted), SlotView::Granted, "{name}");
-                look(&mut slots, name, There);
-                look(&mut slots, name, Nothing);
-            }
+    fn a_namespace_with_many_builds_does_not_keep_another_waiting() {
+        let mut slots = Slots::new(1);
+        slots.resume([app("z.z")]);
+        for name in ["a.1", "a.2", "a.3", "b.1"] {
+            look(&mut slots, name, Wanted);
         }
+        assert_eq!(order(&slots), ["a.1", "b.1", "a.2", "a.3"]);
+        look(&mut slots, "z.z", Nothing);
+        assert_eq!(look(&mut slots, "b.1", Wanted), queued(2, 4));
+        assert_eq!(look(&mut slots, "a.1", Wanted), SlotView::Granted);
+        assert_eq!(look(&mut slots, "a.2", Wanted), queued(2, 3));
+        assert_eq!(look(&mut slots, "b.1", Wanted), queued(1, 3));
     }
 
     #[test]

@@ -162,9 +162,17 @@ mod tests {
         assert_eq!(again, cache);
         for entry in ["", "inner", "inner/file", "link"] {
             let metadata = fs::symlink_metadata(cache.path.join(entry)).unwrap();
-            assert_eq!((metadata.uid(), metadata.gid()), (50_002, 50_002), "{entry}");
+            assert_eq!(
+                (metadata.uid(), metadata.gid()),
+                (50_002, 50_002),
+                "{entry}"
+            );
         }
-        assert_eq!(fs::metadata(&outside).unwrap().uid(), 0, "a link is not followed");
+        assert_eq!(
+            fs::metadata(&outside).unwrap().uid(),
+            0,
+            "a link is not followed"
+        );
         let other = folder.open_cache(".cache/go", 50_002).unwrap();
         assert_ne!(other.path, cache.path);
     }
@@ -174,7 +182,11 @@ mod tests {
         let (_root, folder) = folder();
         let cache = folder.open_cache("target", 0).unwrap();
         fs::write(cache.path.join("large"), vec![1; 1 << 20]).unwrap();
-        let open = |bytes, entries| folder.open_bounded_cache("target", 0, bytes, entries).unwrap();
+        let open = |bytes, entries| {
+            folder
+                .open_bounded_cache("target", 0, bytes, entries)
+                .unwrap()
+        };
         assert_eq!(open(2 << 20, 10).emptied, None);
         assert!(cache.path.join("large").exists());
         let why = open(1 << 19, 10).emptied.unwrap();

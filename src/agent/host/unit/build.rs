@@ -88,7 +88,9 @@ pub fn directory_check(
         place: "source.git.directory".to_owned(),
         source,
     })?;
-    Ok(format!("/usr/bin/env {words} || exit {EXIT_NO_DIRECTORY}; "))
+    Ok(format!(
+        "/usr/bin/env {words} || exit {EXIT_NO_DIRECTORY}; "
+    ))
 }
 
 /// Where a cache directory is in the tree: relative to its root, and normal.
@@ -354,7 +356,7 @@ mod tests {
         assert_eq!((spec.network, spec.timeout_seconds), (false, 60));
         // In the order in which they are mounted: within the tree, so after it.
         assert_eq!(
-            spec.writable[1..],
+            spec.writable[1..3],
             [
                 (
                     PathBuf::from("/var/lib/kari/apps/web.shop/stage/k.0/source"),

@@ -156,7 +156,7 @@ mod tests {
         fs::create_dir(cache.path.join("inner")).unwrap();
         fs::write(cache.path.join("inner/file"), "x").unwrap();
         symlink(&outside, cache.path.join("link")).unwrap();
-        fs::set_permissions(cache.path.join("inner"), fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(cache.path.join("inner"), fs::Permissions::from_mode(0o0)).unwrap();
 
         let again = folder.open_cache(".cache/npm", 50_002).unwrap();
         assert_eq!(again, cache);

@@ -2,7 +2,7 @@
 //!
 //! Each reconcile is four steps: [`observe`] (caches → plain data), [`plan`] (pure; [`rollout`] decides on
 //! nodes, [`revision`] finds the names, [`status`] the words, [`check`] what a schema cannot say),
-//! [`apply`] (idempotent, removals first). [`source`] looks commits up beside it. A second reconcile,
+//! [`apply`] (idempotent, removals first). [`source`] looks commits up beside it, and [`references`] reads ConfigMaps. A second reconcile,
 //! [`release`], is keyed by Release.
 //!
 //! Invariants: only the leader writes; a standby keeps its caches warm and answers its endpoints. All
@@ -16,6 +16,7 @@ pub mod placement;
 pub mod plan;
 pub mod reach;
 pub mod reconcile;
+pub mod references;
 pub mod release;
 pub mod revision;
 pub mod rollout;
@@ -53,6 +54,7 @@ use crate::runtime::{error_chain, shutdown};
 
 use observe::Caches;
 use reconcile::Context;
+use references::References;
 use source::{SourceMetrics, SourceOptions, Sources};
 use triggers::Triggers;
 
@@ -239,7 +241,7 @@ async fn lead(
     liveness: Liveness,
     stop: CancellationToken,
 ) {
-    let sources = context.sources.clone();
+    let (sources, references) = (context.sources.clone(), context.references.clone());
     let (of_deployments, of_releases) = (context.clone(), context);
     tokio::join!(
         deployments
@@ -253,6 +255,7 @@ async fn lead(
                 .clone()
                 .reconcile_release(key)),
         sources.run(options, beat(&liveness, "sources"), stop.clone()),
+        references.run(beat(&liveness, "references"), stop.clone()),
     );
 }
 
@@ -363,7 +366,8 @@ impl Parts {
         };
         let context = Context {
             client: client.clone(),
-            sources: Sources::new(wake_deployment, SourceMetrics::new(registry)),
+            sources: Sources::new(wake_deployment.clone(), SourceMetrics::new(registry)),
+            references: References::new(client.clone(), wake_deployment, registry),
             caches,
             memory: Arc::default(),
             recorder: Recorder::new(client.clone(), reporter),

@@ -411,14 +411,8 @@ async fn every_text_of_a_user_reaches_its_program_unchanged() {
     let env: Vec<EnvVar> = nasty
         .iter()
         .enumerate()
-        .map(|(index, value)| EnvVar {
-            name: format!("NASTY_{index}"),
-            value: (*value).to_owned(),
-        })
-        .chain([EnvVar {
-            name: "LONG".to_owned(),
-            value: "x\"\\$\n".repeat(20_000),
-        }])
+        .map(|(index, value)| EnvVar::plain(format!("NASTY_{index}"), *value))
+        .chain([EnvVar::plain("LONG", "x\"\\$\n".repeat(20_000))])
         .collect();
     // What core/v1 would expand is written as it says.
     let escaped = nasty.iter().map(|word| word.replace('$', "$$"));
@@ -442,8 +436,9 @@ async fn every_text_of_a_user_reaches_its_program_unchanged() {
                 .unwrap()
         })
         .collect();
-    for EnvVar { name, value } in &env {
-        assert_eq!(seen.get(name), Some(value), "{name}");
+    for variable in &env {
+        let name = &variable.name;
+        assert_eq!(seen.get(name), variable.value.as_ref(), "{name}");
     }
     assert_eq!(seen["HOME"], "/var/lib/kari/state");
     assert_eq!(seen["KARI_NODE"], "n1");
@@ -757,10 +752,7 @@ async fn an_app_sees_nothing_of_its_neighbour() {
     }
     let neighbour = app("neighbour").await;
     let tree = neighbour.tree(&[("file", "secret")]);
-    let secret = EnvVar {
-        name: "SECRET".to_owned(),
-        value: "1".to_owned(),
-    };
+    let secret = EnvVar::plain("SECRET", "1");
     let process = serde_json::json!({"name": "web", "stateDirectory": true, "command":
         ["/bin/sh", "-c", "echo s >/dev/shm/neighbour; echo s >/tmp/neighbour; echo s >$$STATE_DIRECTORY/secret; exec sleep 1000"]});
     let name = neighbour
@@ -784,10 +776,7 @@ async fn an_app_sees_nothing_of_its_neighbour() {
         .unwrap()
         .unwrap()
         .path();
-    let variable = |name: &str, value: String| EnvVar {
-        name: name.to_owned(),
-        value,
-    };
+    let variable = |name: &str, value: String| EnvVar::plain(name, value);
     let env = [
         variable("NEIGHBOUR_TREE", tree.display().to_string()),
         variable(
@@ -966,10 +955,7 @@ async fn each_exception_of_a_sandbox_gives_or_takes_what_it_names() {
     } else {
         "222"
     };
-    let env = [EnvVar {
-        name: "MMAP".to_owned(),
-        value: mmap.to_owned(),
-    }];
+    let env = [EnvVar::plain("MMAP", mmap)];
     let script = format!(
         "{{ {EXCEED} }} >$STATE_DIRECTORY/tmp; mv $STATE_DIRECTORY/tmp $STATE_DIRECTORY/found; exec sleep 1000"
     );

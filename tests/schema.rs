@@ -30,7 +30,8 @@ fn good() -> Value {
                 "directory": "services/shop",
                 "intervalSeconds": 60,
             }},
-            "env": [{"name": "LOG", "value": "info"}],
+            "env": [{"name": "LOG", "value": "info"}, {"name": "LEVEL", "valueFrom": {"configMapKeyRef": {"name": "shop", "key": "level", "optional": true}}}],
+            "envFrom": [{"configMapRef": {"name": "shop", "optional": true}, "prefix": "SHOP_"}],
             "build": {
                 "run": "npm ci\nnpm run build",
                 "env": [{"name": "npm_config_cache", "value": ".cache/npm"}],
@@ -205,12 +206,12 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
         (
             "two kinds of reference",
             git("ref", json!({"branch": "main", "tag": "v1"})),
-            "set exactly one of branch, tag, name, commit",
+            "set exactly one of branch, tag, semver, name, commit",
         ),
         (
             "no kind of reference",
             git("ref", json!({})),
-            "set exactly one of branch, tag, name, commit",
+            "set exactly one of branch, tag, semver, name, commit",
         ),
         (
             "a branch that is an option",
@@ -279,7 +280,7 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
         ),
         (
             "a variable named twice",
-            with("/spec/env/1", json!({"name": "LOG", "value": "b"})),
+            with("/spec/env/2", json!({"name": "LOG", "value": "b"})),
             "Duplicate value",
         ),
         (
@@ -291,6 +292,41 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
             "a value that is too long",
             with("/spec/env/0/value", json!("a".repeat(16385))),
             "Too long",
+        ),
+        (
+            "a variable with a value and a reference",
+            with("/spec/env/1/value", json!("x")),
+            "set value or valueFrom, not both",
+        ),
+        (
+            "a variable from nothing",
+            with("/spec/env/1/valueFrom", json!({})),
+            "set exactly one kind of reference: configMapKeyRef",
+        ),
+        (
+            "a key with a slash",
+            with("/spec/env/1/valueFrom/configMapKeyRef/key", json!("a/b")),
+            "configMapKeyRef.key",
+        ),
+        (
+            "a ConfigMap in capitals",
+            with("/spec/envFrom/0/configMapRef/name", json!("Shop")),
+            "configMapRef.name",
+        ),
+        (
+            "variables from nothing",
+            with("/spec/envFrom/0", json!({})),
+            "set exactly one kind of reference: configMapRef",
+        ),
+        (
+            "a range with a newline",
+            git("ref", json!({"semver": "1.x\n"})),
+            "ref.semver",
+        ),
+        (
+            "a range and a tag",
+            git("ref", json!({"semver": "1.x", "tag": "v1"})),
+            "set exactly one of branch, tag, semver, name, commit",
         ),
         (
             "a build with run and command",
@@ -606,6 +642,17 @@ fn accepted() -> Vec<(&'static str, Value)> {
                 &format!("{PROCESS}/route"),
                 json!({"hosts": ["*.example.com"]}),
             ),
+        ),
+        (
+            "a range of versions",
+            with(
+                &format!("{GIT}/ref"),
+                json!({"semver": ">=1.0.0, <3.0.0 || ^4.1"}),
+            ),
+        ),
+        (
+            "a variable with a name alone",
+            with("/spec/env/0", json!({"name": "LOG"})),
         ),
         (
             "an environment value of several lines",

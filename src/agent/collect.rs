@@ -146,6 +146,7 @@ mod tests {
             build_result: None,
             processes: vec![],
             switching: false,
+            stopped_old: vec![],
             outcome,
         }
     }

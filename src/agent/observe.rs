@@ -11,12 +11,12 @@ use super::health::{self, Look, Tracker};
 use super::host::mirror::MirrorState;
 use super::host::port::{self, PortError};
 use super::host::probe::{self, Check};
-use super::host::proxy::{HostName, ProxyError};
+use super::host::proxy::{DRAIN_LIMIT, HostName, ProxyError};
 use super::host::records::{AppliedRecord, AttemptRecord, ProcessRecord, RecordedFailure};
 use super::host::store::{AppFolder, DiskReserve, StoreError};
 use super::host::systemd::{ActiveState, SystemdError, UnitState};
 use super::host::unit::{self, OwnUnit};
-use super::memory::Memory;
+use super::memory::{Drain, Memory};
 use super::node::{Node, lock, monotonic};
 use super::slots::BuildSeen;
 use super::view::{
@@ -176,7 +176,7 @@ async fn drain(node: &Node, memory: &Mutex<Memory>, now: Duration) -> DrainView 
                 drain.workers = left;
             }
             DrainView::Going {
-                until: (now + DRAIN_LOOK).min(drain.until),
+                until: (now + drain_look(now, &drain)).min(drain.until),
             }
         }
         // A proxy that cannot be asked is bounded by the limit alone.
@@ -184,8 +184,18 @@ async fn drain(node: &Node, memory: &Mutex<Memory>, now: Duration) -> DrainView 
     }
 }
 
-/// Between two looks at workers that finish their requests.
-const DRAIN_LOOK: Duration = Duration::from_millis(500);
+/// Between two looks at workers that finish their requests: most have within milliseconds, a websocket
+/// never does.
+fn drain_look(now: Duration, drain: &Drain) -> Duration {
+    let begun = drain.until.saturating_sub(DRAIN_LIMIT);
+    (now.saturating_sub(begun) / 2).clamp(SHORTEST_DRAIN_LOOK, LONGEST_DRAIN_LOOK)
+}
+
+/// The first look, in which a Recreate answers nobody.
+const SHORTEST_DRAIN_LOOK: Duration = Duration::from_millis(50);
+
+/// The looks after a second.
+const LONGEST_DRAIN_LOOK: Duration = Duration::from_millis(500);
 
 // ---- Builds ---------------------------------------------------------------
 

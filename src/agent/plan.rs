@@ -17,6 +17,7 @@
 
 mod attempt;
 mod keep;
+mod recreate;
 mod removal;
 #[cfg(test)]
 pub(super) mod simulation;
@@ -251,6 +252,7 @@ fn begin(observed: &Observed, wish: &Wish) -> Plan {
         build_result: None,
         processes: vec![],
         switching: false,
+        stopped_old: vec![],
         outcome: None,
     };
     if let Some(applied) =
@@ -316,6 +318,7 @@ fn record_commit(observed: &Observed, attempt: &AttemptRecord) -> Vec<Step> {
             removing: None,
         })),
         Step::WriteAttempt(Box::new(AttemptRecord {
+            stopped_old: vec![],
             outcome: Some(Outcome::Committed { at: observed.wall }),
             ..attempt.clone()
         })),
@@ -331,16 +334,39 @@ fn undo(observed: &Observed, attempt: &AttemptRecord) -> Plan {
             "taking back what a newer wish replaces".to_owned(),
         ),
     };
+    if !attempt.stopped_old.is_empty() {
+        let (mut plan, is_done) = recreate::give_back(observed, attempt);
+        // The node does not serve yet: the failure is told when it does.
+        plan.progress = Progress::At(
+            Phase::Starting,
+            match progress {
+                Progress::Failed(failure) => {
+                    format!("the old release is started again: {}", failure.message)
+                }
+                _ => "the old release is started again".to_owned(),
+            },
+        );
+        if is_done {
+            plan.steps.push(undone(attempt));
+        }
+        return plan;
+    }
     // The build first: it is the loudest, and stopping it cannot harm what runs.
     let mut steps = stop_builds(observed, None);
-    let (healing, drift) = heal(observed);
+    let (healing, drift) = heal(observed, &[]);
     steps.extend(healing);
     let mut wake = None;
     match traffic(observed, committed_virtual_host(observed).as_ref()) {
         Traffic::Step(step) => steps.push(step),
         Traffic::HeldUp(held_up) => wake = Some(held_up.until),
         Traffic::InForce(_) => {
-            let strays = stop_strays(observed, None);
+            // What never had traffic has nothing to finish.
+            let at_once = if attempt.switching {
+                vec![]
+            } else {
+                unit_names(&attempt.processes)
+            };
+            let strays = stop_strays(observed, None, &at_once);
             steps.extend(
                 strays
                     .steps
@@ -349,25 +375,7 @@ fn undo(observed: &Observed, attempt: &AttemptRecord) -> Plan {
             );
             wake = strays.wake;
             if !strays.left && observed.host.builds.is_empty() {
-                let outcome = attempt.outcome.clone().map(|outcome| match outcome {
-                    Outcome::Failed {
-                        at,
-                        failure,
-                        undone: _,
-                    } => Outcome::Failed {
-                        at,
-                        failure,
-                        undone: true,
-                    },
-                    Outcome::Superseded { at, undone: _ } => {
-                        Outcome::Superseded { at, undone: true }
-                    }
-                    Outcome::Committed { at } => Outcome::Committed { at },
-                });
-                steps.push(Step::WriteAttempt(Box::new(AttemptRecord {
-                    outcome,
-                    ..attempt.clone()
-                })));
+                steps.push(undone(attempt));
             }
         }
     }
@@ -377,6 +385,28 @@ fn undo(observed: &Observed, attempt: &AttemptRecord) -> Plan {
         drift,
         wake,
     }
+}
+
+/// Everything that the attempt did is taken back.
+fn undone(attempt: &AttemptRecord) -> Step {
+    let outcome = attempt.outcome.clone().map(|outcome| match outcome {
+        Outcome::Failed {
+            at,
+            failure,
+            undone: _,
+        } => Outcome::Failed {
+            at,
+            failure,
+            undone: true,
+        },
+        Outcome::Superseded { at, undone: _ } => Outcome::Superseded { at, undone: true },
+        Outcome::Committed { at } => Outcome::Committed { at },
+    });
+    Step::WriteAttempt(Box::new(AttemptRecord {
+        outcome,
+        stopped_old: vec![],
+        ..attempt.clone()
+    }))
 }
 
 fn end(attempt: &AttemptRecord, outcome: Outcome, progress: Progress) -> Plan {

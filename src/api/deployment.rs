@@ -46,10 +46,15 @@ pub struct DeploymentSpec {
     pub placement: Placement,
     /// Where the code comes from.
     pub source: Source,
-    /// Variables of every process, not of the build.
+    /// Variables of every process, not of the build. They win over `envFrom`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub env: Vec<EnvVar>,
+    /// Objects whose every key becomes a variable of every process, not of the build. A key that a later
+    /// object has too is the later one's. Keys that are no names of variables are passed over.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "atomic"))]
+    pub env_from: Vec<EnvFromSource>,
     /// How the checkout becomes what runs; without it the checkout is what runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub build: Option<Build>,
@@ -180,7 +185,7 @@ fn default_interval_seconds() -> u32 {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-map-type" = "atomic"))]
-#[x_kube(validation = ("[has(self.branch), has(self.tag), has(self.name), has(self.commit)].exists_one(x, x)", "set exactly one of branch, tag, name, commit"))]
+#[x_kube(validation = ("[has(self.branch), has(self.tag), has(self.semver), has(self.name), has(self.commit)].exists_one(x, x)", "set exactly one of branch, tag, semver, name, commit"))]
 #[x_kube(validation = (r"!has(self.branch) || !(self.branch.startsWith('-') || self.branch.startsWith('/') || self.branch.endsWith('/') || self.branch.endsWith('.lock') || self.branch.contains('..') || self.branch.contains('//') || self.branch.contains('@{') || self.branch.matches('[\\x00-\\x20\\x7f~^:?*\\[\\\\]'))", "branch is not a valid git ref name"))]
 #[x_kube(validation = (r"!has(self.tag) || !(self.tag.startsWith('-') || self.tag.startsWith('/') || self.tag.endsWith('/') || self.tag.endsWith('.lock') || self.tag.contains('..') || self.tag.contains('//') || self.tag.contains('@{') || self.tag.matches('[\\x00-\\x20\\x7f~^:?*\\[\\\\]'))", "tag is not a valid git ref name"))]
 pub struct GitReference {
@@ -192,6 +197,15 @@ pub struct GitReference {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 244))]
     pub tag: Option<String>,
+    /// The tag with the highest version in this range, such as `1.x`, `~1.4`, `^2.0.0` or
+    /// `>=1.0.0 <3.0.0 || 4.1.0`. Tags are versions of three numbers, with or without a `v` before them.
+    /// Pre-releases count only where a part of the range names one of the same three numbers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        length(min = 1, max = 256),
+        regex(pattern = r"^[0-9A-Za-z.*^~<>=|, +-]+$")
+    )]
+    pub semver: Option<String>,
     /// The commit of this full reference, such as `refs/pull/7/head`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(
@@ -208,10 +222,12 @@ pub struct GitReference {
     pub commit: Option<String>,
 }
 
-/// A variable with a plain value. Anybody who may view the object can read it.
+/// A variable with a plain value or one from a ConfigMap. Anybody who may view the object, or the Releases
+/// that are made from it, can read it.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = ("!self.name.startsWith('KARI_')", "names that start with KARI_ are Kari's own"))]
+#[x_kube(validation = ("!(has(self.value) && has(self.valueFrom))", "set value or valueFrom, not both"))]
 pub struct EnvVar {
     /// The variable's name: letters, digits and `_`, not starting with a digit.
     #[schemars(
@@ -219,10 +235,90 @@ pub struct EnvVar {
         regex(pattern = r"^[A-Za-z_][A-Za-z0-9_]*$")
     )]
     pub name: String,
-    /// Its value; empty by default. No NUL.
-    #[serde(default)]
+    /// Its value; empty where neither this nor `valueFrom` is set. No NUL.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 16384), regex(pattern = r"^[^\x00]*$"))]
-    pub value: String,
+    pub value: Option<String>,
+    /// Where its value is read. It is read again at each look at the source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value_from: Option<EnvVarSource>,
+}
+
+impl EnvVar {
+    /// A variable with a plain value.
+    pub fn plain(name: impl Into<String>, value: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            value: Some(value.into()),
+            value_from: None,
+        }
+    }
+
+    /// The plain value; empty by default. In what was rendered, every value is plain.
+    pub fn plain_value(&self) -> &str {
+        self.value.as_deref().unwrap_or_default()
+    }
+}
+
+/// Where the value of a variable is read: exactly one of its fields.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = ("has(self.configMapKeyRef)", "set exactly one kind of reference: configMapKeyRef"))]
+pub struct EnvVarSource {
+    /// A key of a ConfigMap in the Deployment's namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config_map_key_ref: Option<ConfigMapKeySelector>,
+}
+
+/// A key of a ConfigMap, as in core/v1.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct ConfigMapKeySelector {
+    /// The ConfigMap's name.
+    #[schemars(
+        length(min = 1, max = 253),
+        regex(pattern = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")
+    )]
+    pub name: String,
+    /// The key within its `data`.
+    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[-._a-zA-Z0-9]+$"))]
+    pub key: String,
+    /// Leave the variable unset where the ConfigMap or the key is not there, instead of waiting for it
+    /// (ReferenceNotFound).
+    #[serde(default)]
+    pub optional: bool,
+}
+
+/// An object whose every key becomes a variable: exactly one kind.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = ("has(self.configMapRef)", "set exactly one kind of reference: configMapRef"))]
+pub struct EnvFromSource {
+    /// A ConfigMap in the Deployment's namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config_map_ref: Option<ConfigMapEnvSource>,
+    /// Put before each key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        length(min = 1, max = 128),
+        regex(pattern = r"^[A-Za-z_][A-Za-z0-9_]*$")
+    )]
+    pub prefix: Option<String>,
+}
+
+/// A ConfigMap, as in core/v1.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct ConfigMapEnvSource {
+    /// The ConfigMap's name.
+    #[schemars(
+        length(min = 1, max = 253),
+        regex(pattern = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")
+    )]
+    pub name: String,
+    /// Go without it where it is not there, instead of waiting for it (ReferenceNotFound).
+    #[serde(default)]
+    pub optional: bool,
 }
 
 /// How the checkout becomes what runs. It sees `build.env` alone, runs as a user of its own
@@ -313,7 +409,8 @@ pub struct Process {
     pub name: String,
     /// The command with its arguments, without a shell. The program is looked for in
     /// `source.git.directory` if it has a slash, else on the node's tool path.
-    /// `$(NAME)` is replaced by the value of a variable of this process or of `port.env`.
+    /// `$(NAME)` is replaced by the value of a variable that `env` names or of `port.env`; not by one that
+    /// only `envFrom` has, or that may be absent.
     #[schemars(length(min = 1, max = 64), inner(length(max = 4096), regex(pattern = r"^[^\x00-\x08\x0b-\x1f\x7f]*$")), extend("x-kubernetes-list-type" = "atomic"))]
     #[x_kube(validation = ("self.size() == 0 || (self[0] != '' && !self[0].contains('='))", "the first word of a command names a program: not empty and without '='"))]
     pub command: Vec<String>,
@@ -562,8 +659,11 @@ pub struct Route {
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = ("!has(self.progressDeadlineSeconds) || !has(self.minReadySeconds) || self.progressDeadlineSeconds > self.minReadySeconds", "progressDeadlineSeconds must be greater than minReadySeconds"))]
 pub struct Strategy {
-    /// `BlueGreen`, which is also what absent means: start the new, wait until it is healthy, switch
-    /// the traffic, bake, commit, drain, stop the old. Old and new run side by side for a while.
+    /// `BlueGreen`: start the new, wait until it is healthy, switch the traffic, bake, commit, drain, stop
+    /// the old. Old and new run side by side for a while, workers too, and share their state. `Recreate`:
+    /// what changes is stopped first, and its routes answer 503 with `Retry-After` until the new is healthy;
+    /// should it fail, the old is started again. Absent means `Recreate` if any process has a
+    /// `stateDirectory`, else `BlueGreen`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub switch: Option<Switch>,
     /// Nodes that may be unavailable or changing at once: a number, or a percentage of the nodes that
@@ -615,6 +715,8 @@ fn max_unavailable_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema
 pub enum Switch {
     /// Old and new run side by side until the new one is committed.
     BlueGreen,
+    /// The old processes are stopped before the new ones start: the two never run at the same time.
+    Recreate,
 }
 
 /// What the controller has seen and decided.
@@ -663,7 +765,7 @@ pub struct DeploymentStatus {
 pub struct ResolvedSource {
     /// The url that was asked.
     pub url: String,
-    /// The full name of the reference that was looked up, or the commit itself.
+    /// The full name of the reference that was looked up, of the tag that a range found, or the commit itself.
     #[serde(rename = "ref")]
     pub reference: String,
     /// The commit, all of its digits.

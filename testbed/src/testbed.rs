@@ -208,6 +208,12 @@ impl Testbed {
         git::commit(&self.directory, &self.description, &name, folder, message)
     }
 
+    /// Tags the head of `main` of a repository.
+    pub fn git_tag(&self, name: &str, tag: &str) -> Result<()> {
+        let name = name.parse().map_err(Error::State)?;
+        git::tag(&self.directory, &name, tag)
+    }
+
     /// Serves a copy of an existing bare repository.
     pub fn mirror(&self, name: &str, bare: &Path) -> Result<Repository> {
         let name = name.parse().map_err(Error::State)?;

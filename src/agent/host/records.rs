@@ -176,6 +176,10 @@ pub struct AttemptRecord {
     /// Whether the proxy may already give traffic to the new units; written before it is told so.
     #[serde(default)]
     pub switching: bool,
+    /// Units of the committed release that give way to the attempt's, in a `Recreate`: written before the
+    /// first is stopped. While the attempt goes on they are not started again; when it is taken back they are.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stopped_old: Vec<String>,
     /// How it ended; absent while it goes on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outcome: Option<Outcome>,

@@ -8,7 +8,7 @@ use crate::agent::host::jail::{APP_PATH, JAIL_VERSION, MIRROR_PATH, SCRIPT_PATH}
 use crate::agent::host::quote::{self, QuoteError};
 use crate::agent::host::records::BuildKey;
 use crate::agent::host::store::Stage;
-use crate::api::deployment::{Build, EnvVar, ResourceLimits};
+use crate::api::deployment::{Build, ResourceLimits};
 use crate::api::names::{AppName, Commit};
 
 /// The key of the tree that a build results in: a digest of all that the tree follows from. The limits
@@ -27,7 +27,7 @@ pub fn build_key(commit: &Commit, directory: Option<&str>, build: Option<&Build>
             let caches: BTreeSet<_> = cache_directories.iter().collect();
             let env: BTreeMap<_, _> = env
                 .iter()
-                .map(|EnvVar { name, value }| (name, value))
+                .map(|variable| (&variable.name, variable.plain_value()))
                 .collect();
             serde_json::json!({"run": run, "command": command, "env": env, "network": network, "cacheDirectories": caches})
         },
@@ -115,7 +115,7 @@ pub fn build_environment(build: &Build) -> Result<Vec<u8>, UnitError> {
         build
             .env
             .iter()
-            .map(|EnvVar { name, value }| (name.as_str(), value.as_str())),
+            .map(|variable| (variable.name.as_str(), variable.plain_value())),
     )
     .map_err(|source| UnitError::Quote {
         place: "build.env".to_owned(),

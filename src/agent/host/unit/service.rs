@@ -21,7 +21,7 @@ pub fn process_variables(env: &[EnvVar], process: &Process) -> BTreeMap<String, 
     env.iter()
         .chain(&process.env)
         .filter(|variable| !own(&variable.name))
-        .map(|EnvVar { name, value }| (name.clone(), value.clone()))
+        .map(|variable| (variable.name.clone(), variable.plain_value().to_owned()))
         .collect()
 }
 
@@ -331,10 +331,7 @@ mod tests {
     }
 
     fn variable(name: &str, value: &str) -> EnvVar {
-        EnvVar {
-            name: name.to_owned(),
-            value: value.to_owned(),
-        }
+        EnvVar::plain(name, value)
     }
 
     fn service(

@@ -46,7 +46,8 @@ use self::host::probe;
 use self::host::proxy::{Proxy, ProxySettings};
 use self::host::slices::{self, SlicesError};
 use self::host::store::{Store, StoreError, UNIT_FOLDER, UnitFiles};
-use self::host::systemd::{HostEvent, Systemd, SystemdError};
+use self::host::systemd::{ActiveState, HostEvent, Systemd, SystemdError};
+use self::host::unit::{self, OwnUnit};
 use self::host::users::{self, Users, UsersError};
 use self::node::{Node, lock};
 use crate::api::Release;
@@ -177,6 +178,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         (client.clone(), releases),
         config.build_slots,
     ));
+    resume_builds(&node).await?;
     let (annotate, annotations) = latest::channel(BTreeMap::new());
     host_ready.open();
     info!(node = %config.node_name, systemd = systemd_version, limits = ?node.limits.by_name(), "the agent is up");
@@ -314,6 +316,30 @@ async fn prepare_host(
         },
         events,
     ))
+}
+
+/// Builds that went on without an agent hold their slots until their apps were looked at.
+async fn resume_builds(node: &Node) -> Result<(), SystemdError> {
+    let listed = node.systemd.list_units(&[unit::BUILD_PATTERN]).await?;
+    let apps: Vec<AppName> = listed
+        .iter()
+        .filter(|listed| listed.active_state != ActiveState::Inactive)
+        .filter_map(|listed| match unit::parse_unit_name(&listed.name) {
+            Some(OwnUnit::Build { app, .. }) => Some(app),
+            Some(
+                OwnUnit::Target(_)
+                | OwnUnit::Service { .. }
+                | OwnUnit::Fetch { .. }
+                | OwnUnit::Agent,
+            )
+            | None => None,
+        })
+        .collect();
+    lock(&node.slots).resume(apps.iter().cloned());
+    for app in apps {
+        node.trigger.wake(app);
+    }
+    Ok(())
 }
 
 async fn prove_limits(systemd: &Systemd, user: &str) -> Result<Limits, SystemdError> {

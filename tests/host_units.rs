@@ -269,6 +269,7 @@ impl App {
             stage: &stage,
             directory,
             build: Some(&build),
+            caches: &[],
             env_file: Some(&env_file),
             user: &self.users.build.name,
             tool_path: TOOL_PATH,

@@ -38,6 +38,7 @@ fn good() -> Value {
                 "network": true,
                 "timeoutSeconds": 900,
                 "resources": {"limits": {"cpu": "2", "memory": "2Gi", "tasks": 512}},
+                "cacheDirectories": [".cache/npm", "target"],
             },
             "processes": [{
                 "name": "web",
@@ -98,6 +99,7 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
     let mut second = good().pointer(PROCESS).cloned().expect("a process");
     second["name"] = json!("worker");
     let sandbox = |value: Value| with(&format!("{PROCESS}/sandbox"), value);
+    let caches = |value: Value| with("/spec/build/cacheDirectories", value);
     vec![
         (
             "a name with a dot",
@@ -336,6 +338,46 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
             "a build with neither",
             with("/spec/build/run", Value::Null),
             "set exactly one of run, command",
+        ),
+        (
+            "a cache directory that leaves the directory",
+            caches(json!(["../npm"])),
+            "without '.' and '..' parts",
+        ),
+        (
+            "an absolute cache directory",
+            caches(json!(["/root/.cache"])),
+            "spec.build.cacheDirectories[0]",
+        ),
+        (
+            "a cache directory with a colon, which a mount could misread",
+            caches(json!(["a:b"])),
+            "spec.build.cacheDirectories[0]",
+        ),
+        (
+            "the directory itself as a cache directory",
+            caches(json!(["."])),
+            "without '.' and '..' parts",
+        ),
+        (
+            "a cache directory within another",
+            caches(json!(["target", "target/debug"])),
+            "must not lie within another",
+        ),
+        (
+            "a cache directory twice",
+            caches(json!(["target", "target"])),
+            "Duplicate value",
+        ),
+        (
+            "nine cache directories",
+            caches((0..9).map(|n| json!(format!("c{n}"))).collect()),
+            "at most 8 items",
+        ),
+        (
+            "cache directories in a directory that a mount could misread",
+            git("directory", json!("services/my shop")),
+            "with build.cacheDirectories, source.git.directory",
         ),
         (
             "a build timeout of a second",

@@ -129,7 +129,7 @@ async fn running_builds(node: &Node) -> Vec<(AppName, ReleaseId, UnitState)> {
     let mut builds = vec![];
     for listed in node
         .systemd
-        .list_units(&["kari-build.*"])
+        .list_units(&[unit::BUILD_PATTERN])
         .await
         .unwrap_or_default()
     {

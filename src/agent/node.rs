@@ -165,15 +165,8 @@ impl Node {
 
     /// The app wants no build slot any more.
     pub fn withdraw(&self, app: &AppName) {
-        if lock(&self.slots).withdraw(app) {
-            self.wake_waiting();
-        }
-    }
-
-    /// Those who wait for a build slot look again: one may be free.
-    pub fn wake_waiting(&self) {
-        let waiting = lock(&self.slots).order();
-        for app in waiting {
+        let wake = lock(&self.slots).withdraw(app);
+        for app in wake {
             self.trigger.wake(app);
         }
     }

@@ -22,6 +22,7 @@ use super::host::unit::{self, OwnUnit, ServiceSpec};
 use super::host::users;
 use super::memory::{Drain, Memory};
 use super::node::{Node, lock, monotonic};
+use super::slots::BuildSeen;
 use super::view::{
     Activity, BuildView, DrainView, FileView, Health, HostView, Observed, ServiceView, SlotView,
     SourceView, TargetView, VirtualHostView, Wanted,
@@ -81,7 +82,7 @@ pub async fn observe(node: &Arc<Node>, app: &AppName) -> Result<Observed, Observ
         .as_ref()
         .is_some_and(|held_up| now < held_up.until);
     let may_build = needs_tree.filter(|_| disk_pressure.is_none() && !is_held_up);
-    let slot = slot(node, app, &builds, may_build, source.as_ref()).await?;
+    let slot = slot(node, app, &builds, may_build, source.as_ref());
     let conflicts = match trying {
         Some(attempt) if needs_tree.is_none() && attempt.processes.is_empty() => {
             node.claim(app, &hosts_of(attempt), &node.proxy.hosts()?)
@@ -282,40 +283,26 @@ fn source(
     })
 }
 
-/// Asks for a slot while, and only while, the next step is the start of a build.
-async fn slot(
+/// Asks for a slot while, and only while, the next step is the start of a build; who cannot build holds no place.
+fn slot(
     node: &Node,
     app: &AppName,
     builds: &BTreeMap<String, BuildView>,
     attempt: Option<&AttemptRecord>,
     source: Option<&SourceView>,
-) -> Result<SlotView, ObserveError> {
+) -> SlotView {
     let next_is_build = attempt.is_some_and(|attempt| attempt.build_result.is_none())
-        && builds.is_empty()
         && source == Some(&SourceView::Ready);
-    if !next_is_build {
-        // Who cannot build holds no place.
-        node.withdraw(app);
-        return Ok(SlotView::Unasked);
+    let seen = match (builds.is_empty(), next_is_build) {
+        (false, _) => BuildSeen::There,
+        (true, true) => BuildSeen::Wanted,
+        (true, false) => BuildSeen::None,
+    };
+    let (view, wake) = lock(&node.slots).look(app, seen);
+    for app in wake {
+        node.trigger.wake(app);
     }
-    let running: BTreeSet<AppName> = node
-        .systemd
-        .list_units(&["kari-build.*"])
-        .await?
-        .into_iter()
-        .filter(|listed| listed.active_state != ActiveState::Inactive)
-        .filter_map(|listed| match unit::parse_unit_name(&listed.name) {
-            Some(OwnUnit::Build { app, .. }) => Some(app),
-            Some(
-                OwnUnit::Target(_)
-                | OwnUnit::Service { .. }
-                | OwnUnit::Fetch { .. }
-                | OwnUnit::Agent,
-            )
-            | None => None,
-        })
-        .collect();
-    Ok(lock(&node.slots).ask(app, &running))
+    view
 }
 
 // ---- Services -------------------------------------------------------------

@@ -40,6 +40,7 @@ use super::quantity::{Cpu, Memory};
     validation = kube::core::Rule::new("oldSelf.hasValue() || (self.metadata.name.size() <= 52 && !self.metadata.name.contains('.'))").message("metadata.name must be at most 52 characters without dots"),
 )]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = ("!has(self.build) || !has(self.build.cacheDirectories) || self.build.cacheDirectories.size() == 0 || !has(self.source.git) || !has(self.source.git.directory) || self.source.git.directory.matches('^[A-Za-z0-9._/-]+$')", "with build.cacheDirectories, source.git.directory must be of letters, digits and . _ - / alone"))]
 pub struct DeploymentSpec {
     /// Which nodes run it.
     pub placement: Placement,
@@ -349,6 +350,14 @@ pub struct Build {
     /// What the build may use at most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resources: Option<BuildResources>,
+    /// Folders that are kept from build to build of this Deployment on a node, for caches of
+    /// packages and compilers: relative to `source.git.directory`, none within another. Point the
+    /// tool at them. The result has an empty folder there: what it needs must be copied elsewhere.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8), inner(length(min = 1, max = 256), regex(pattern = r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$")), extend("x-kubernetes-list-type" = "set"))]
+    #[x_kube(validation = ("self.all(d, d.split('/').all(p, p != '.' && p != '..'))", "a cache directory must be a relative path without '.' and '..' parts"))]
+    #[x_kube(validation = ("!self.exists(d, self.exists(e, e.startsWith(d + '/')))", "a cache directory must not lie within another"))]
+    pub cache_directories: Vec<String>,
 }
 
 fn default_true() -> bool {

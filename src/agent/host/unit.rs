@@ -23,7 +23,7 @@ use crate::api::quantity::QuantityError;
 
 pub use build::{
     BuildSpec, DEFAULT_BUILD_LIMITS, EXIT_NO_DIRECTORY, build_environment, build_key, build_script,
-    build_step,
+    build_step, cache_place, directory_check,
 };
 pub use service::{
     ServiceSpec, ServiceUnit, probe_properties, process_environment, process_variables,
@@ -153,6 +153,9 @@ pub fn target_name(app: &AppName) -> String {
 pub fn app_patterns(app: &AppName) -> [String; 2] {
     [format!("kari.{app}.*"), format!("{BUILD_PREFIX}{app}.*")]
 }
+
+/// Matches the loaded units of all builds.
+pub const BUILD_PATTERN: &str = "kari-build.*";
 
 /// The build step of a release. Another try has another name, so that a result is never taken for
 /// another try's.

@@ -263,6 +263,7 @@ impl Apply<'_> {
                     folder.remove()?;
                 }
                 node.trash.notify_one();
+                node.held.notify_one();
                 node.withdraw(app);
                 lock(&node.claims).remove(app);
                 let mut memory = lock(&memory);

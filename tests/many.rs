@@ -213,11 +213,14 @@ async fn assert_nothing_is_shared(space: &Space, count: usize) {
 }
 
 /// The places in the queue that statuses have told, in the order in which they were told.
-struct Queue(Arc<Mutex<BTreeMap<String, Vec<(u32, u32)>>>>);
+struct Queue(Arc<Mutex<Places>>);
+
+/// `(position, of)` as each release was told, by its id.
+type Places = BTreeMap<String, Vec<(u32, u32)>>;
 
 impl Queue {
     fn watch(space: &Space) -> Self {
-        let told: Arc<Mutex<BTreeMap<String, Vec<(u32, u32)>>>> = Arc::default();
+        let told: Arc<Mutex<Places>> = Arc::default();
         let (releases, writes) = (space.releases(), Arc::clone(&told));
         tokio::spawn(async move {
             let stream = watcher(releases, watcher::Config::default()).applied_objects();

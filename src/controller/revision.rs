@@ -104,6 +104,7 @@ pub fn render(
         switch: switch.unwrap_or_else(|| default_switch(&spec.processes)),
         min_ready_seconds,
         keep_releases: spec.keep_releases,
+        deletion_policy: spec.deletion_policy,
     }
 }
 
@@ -159,6 +160,7 @@ fn content(data: &RevisionData) -> Vec<u8> {
         switch: _,
         min_ready_seconds: _,
         keep_releases: _,
+        deletion_policy: _,
     } = template;
     let value = json!({
         "commit": commit,

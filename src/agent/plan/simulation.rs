@@ -11,8 +11,8 @@ use super::traffic::virtual_host;
 use super::{CRASH_LOOP_RESTARTS, Plan, Progress, Step, plan};
 use crate::agent::host::proxy::{RouteTarget, VirtualHost};
 use crate::agent::host::records::{
-    AppliedRecord, AttemptRecord, BuildKey, ContentDigest, EnvDigest, ProcessRecord,
-    RecordedFailure, ReleaseRecord, StepResult, Wish,
+    AppliedRecord, AttemptRecord, BuildKey, ContentDigest, EnvDigest, KeptRecord, ProcessRecord,
+    RECORD_VERSION, RecordedFailure, ReleaseRecord, StepResult, Wish,
 };
 use crate::agent::host::unit;
 use crate::agent::view::{
@@ -123,6 +123,7 @@ pub struct World {
     has_files: bool,
     /// Unit files that an admin has deleted at some time.
     deleted: BTreeSet<String>,
+    kept_state: Option<KeptRecord>,
     // Gone after a reboot.
     services: BTreeMap<String, Service>,
     builds: BTreeMap<String, Build>,
@@ -164,6 +165,7 @@ impl World {
             virtual_host_file: None,
             has_files: false,
             deleted: BTreeSet::new(),
+            kept_state: None,
             services: BTreeMap::new(),
             builds: BTreeMap::new(),
             proxy: None,
@@ -377,6 +379,7 @@ impl World {
                 },
                 disk_pressure: None,
                 has_files: self.has_files,
+                kept_state: self.kept_state.clone(),
             },
             held_up: self.held_up.clone(),
         }
@@ -706,7 +709,8 @@ impl World {
                 self.target = None;
                 self.enabled = false;
             }
-            Step::RemoveFiles { keep_state: _ } => {
+            Step::TakeState { keep: _ } => self.kept_state = None,
+            Step::RemoveFiles { keep_state } => {
                 assert!(
                     removing
                         && self.services.is_empty()
@@ -718,6 +722,12 @@ impl World {
                 self.stages.clear();
                 self.releases.clear();
                 self.has_files = false;
+                let applied = self.applied.as_ref();
+                self.kept_state = keep_state.then(|| KeptRecord {
+                    version: RECORD_VERSION,
+                    deployment_uid: applied.and_then(|applied| applied.deployment_uid.clone()),
+                    since: Timestamp::UNIX_EPOCH,
+                });
                 self.attempt = None;
                 self.applied = None;
             }

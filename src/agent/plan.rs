@@ -17,6 +17,7 @@
 
 mod attempt;
 mod keep;
+mod recreate;
 mod removal;
 #[cfg(test)]
 pub(super) mod simulation;
@@ -117,6 +118,11 @@ pub enum Step {
         /// Whether `state/` stays.
         keep_state: bool,
     },
+    /// Gives the state that a removal kept to the attempt, or moves it to the trash.
+    TakeState {
+        /// Whether it was this Deployment that wrote it.
+        keep: bool,
+    },
 }
 
 /// Where the attempt is.
@@ -155,8 +161,12 @@ pub fn plan(observed: &Observed) -> Plan {
     if let Some(plan) = removal::plan(observed) {
         return plan;
     }
+    if let Some(plan) = take_state(observed) {
+        return plan;
+    }
     let Some(attempt) = &observed.attempt else {
         return match &observed.wanted {
+            Wanted::Orphan => removal::leave(observed),
             Wanted::Release(wish) => begin(observed, wish),
             Wanted::Invalid {
                 release_id: _,
@@ -169,6 +179,9 @@ pub fn plan(observed: &Observed) -> Plan {
     };
     if let Some(plan) = complete_commit(observed, attempt) {
         return plan;
+    }
+    if observed.wanted == Wanted::Orphan {
+        return removal::orphan(observed, attempt);
     }
 
     let newer = match &observed.wanted {
@@ -189,7 +202,8 @@ pub fn plan(observed: &Observed) -> Plan {
         | Wanted::Invalid { .. }
         | Wanted::Unknown
         | Wanted::Absent
-        | Wanted::Removal { .. } => Newer::Nothing,
+        | Wanted::Removal { .. }
+        | Wanted::Orphan => Newer::Nothing,
     };
     match (&attempt.outcome, newer) {
         (None, Newer::Nothing) => advance(observed, attempt),
@@ -222,9 +236,11 @@ pub fn plan(observed: &Observed) -> Plan {
         (Some(Outcome::Superseded { .. }), Newer::Nothing) => match &observed.wanted {
             // The wish came back to the one that was taken back: it is tried anew.
             Wanted::Release(wish) => begin(observed, wish),
-            Wanted::Invalid { .. } | Wanted::Unknown | Wanted::Absent | Wanted::Removal { .. } => {
-                held(observed, Progress::Idle)
-            }
+            Wanted::Invalid { .. }
+            | Wanted::Unknown
+            | Wanted::Absent
+            | Wanted::Removal { .. }
+            | Wanted::Orphan => held(observed, Progress::Idle),
         },
     }
 }
@@ -252,6 +268,7 @@ fn begin(observed: &Observed, wish: &Wish) -> Plan {
         build_result: None,
         processes: vec![],
         switching: false,
+        stopped_old: vec![],
         outcome: None,
     };
     if let Some(applied) =
@@ -267,6 +284,20 @@ fn begin(observed: &Observed, wish: &Wish) -> Plan {
         Step::WriteAttempt(Box::new(attempt)),
         Progress::At(Phase::Pending, "the wish is written down".to_owned()),
     )
+}
+
+/// State that a removal kept goes to the Deployment that wrote it, and to no other of its name.
+fn take_state(observed: &Observed) -> Option<Plan> {
+    let kept = observed.host.kept_state.as_ref()?;
+    let attempt = observed.attempt.as_ref()?;
+    let keep = kept.deployment_uid == attempt.wish.deployment_uid;
+    Some(just(
+        Step::TakeState { keep },
+        Progress::At(
+            Phase::Pending,
+            "the state of before is looked at".to_owned(),
+        ),
+    ))
 }
 
 /// The target names the attempt's units: it is committed, whatever the records say so far.
@@ -315,8 +346,10 @@ fn record_commit(observed: &Observed, attempt: &AttemptRecord) -> Vec<Step> {
             deployment_uid: wish.deployment_uid.clone(),
             release: Some(release),
             removing: None,
+            orphaned: None,
         })),
         Step::WriteAttempt(Box::new(AttemptRecord {
+            stopped_old: vec![],
             outcome: Some(Outcome::Committed { at: observed.wall }),
             ..attempt.clone()
         })),
@@ -332,16 +365,39 @@ fn undo(observed: &Observed, attempt: &AttemptRecord) -> Plan {
             "taking back what a newer wish replaces".to_owned(),
         ),
     };
+    if !attempt.stopped_old.is_empty() {
+        let (mut plan, is_done) = recreate::give_back(observed, attempt);
+        // The node does not serve yet: the failure is told when it does.
+        plan.progress = Progress::At(
+            Phase::Starting,
+            match progress {
+                Progress::Failed(failure) => {
+                    format!("the old release is started again: {}", failure.message)
+                }
+                _ => "the old release is started again".to_owned(),
+            },
+        );
+        if is_done {
+            plan.steps.push(undone(attempt));
+        }
+        return plan;
+    }
     // The build first: it is the loudest, and stopping it cannot harm what runs.
     let mut steps = stop_builds(observed, None);
-    let (healing, drift) = heal(observed);
+    let (healing, drift) = heal(observed, &[]);
     steps.extend(healing);
     let mut wake = None;
     match traffic(observed, committed_virtual_host(observed).as_ref()) {
         Traffic::Step(step) => steps.push(step),
         Traffic::HeldUp(held_up) => wake = Some(held_up.until),
         Traffic::InForce(_) => {
-            let strays = stop_strays(observed, None);
+            // What never had traffic has nothing to finish.
+            let at_once = if attempt.switching {
+                vec![]
+            } else {
+                unit_names(&attempt.processes)
+            };
+            let strays = stop_strays(observed, None, &at_once);
             steps.extend(
                 strays
                     .steps
@@ -350,25 +406,7 @@ fn undo(observed: &Observed, attempt: &AttemptRecord) -> Plan {
             );
             wake = strays.wake;
             if !strays.left && observed.host.builds.is_empty() {
-                let outcome = attempt.outcome.clone().map(|outcome| match outcome {
-                    Outcome::Failed {
-                        at,
-                        failure,
-                        undone: _,
-                    } => Outcome::Failed {
-                        at,
-                        failure,
-                        undone: true,
-                    },
-                    Outcome::Superseded { at, undone: _ } => {
-                        Outcome::Superseded { at, undone: true }
-                    }
-                    Outcome::Committed { at } => Outcome::Committed { at },
-                });
-                steps.push(Step::WriteAttempt(Box::new(AttemptRecord {
-                    outcome,
-                    ..attempt.clone()
-                })));
+                steps.push(undone(attempt));
             }
         }
     }
@@ -378,6 +416,28 @@ fn undo(observed: &Observed, attempt: &AttemptRecord) -> Plan {
         drift,
         wake,
     }
+}
+
+/// Everything that the attempt did is taken back.
+fn undone(attempt: &AttemptRecord) -> Step {
+    let outcome = attempt.outcome.clone().map(|outcome| match outcome {
+        Outcome::Failed {
+            at,
+            failure,
+            undone: _,
+        } => Outcome::Failed {
+            at,
+            failure,
+            undone: true,
+        },
+        Outcome::Superseded { at, undone: _ } => Outcome::Superseded { at, undone: true },
+        Outcome::Committed { at } => Outcome::Committed { at },
+    });
+    Step::WriteAttempt(Box::new(AttemptRecord {
+        outcome,
+        stopped_old: vec![],
+        ..attempt.clone()
+    }))
 }
 
 fn end(attempt: &AttemptRecord, outcome: Outcome, progress: Progress) -> Plan {

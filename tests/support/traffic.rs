@@ -23,6 +23,8 @@ pub struct Tally {
     pub good: usize,
     /// Requests that failed, each with how.
     pub failed: Vec<String>,
+    /// When the first and the last of them failed.
+    pub failed_between: Option<(Instant, Instant)>,
     /// Idle connections that the server closed and that were replaced.
     pub reconnected: usize,
     /// Bodies, and how often each was seen.
@@ -78,6 +80,9 @@ impl Traffic {
                         Err(how) => {
                             connection = None;
                             tally.failed.push(how);
+                            let now = Instant::now();
+                            let first = tally.failed_between.map_or(now, |(first, _)| first);
+                            tally.failed_between = Some((first, now));
                         }
                     }
                 }
@@ -164,16 +169,18 @@ async fn request(
     let answer = async {
         let response = sender.send_request(get).await?;
         let status = response.status();
+        let retry = response.headers().get("retry-after").cloned();
         let body = response.into_body().collect().await?.to_bytes();
-        Ok::<_, hyper::Error>((status, body))
+        Ok::<_, hyper::Error>((status, retry, body))
     };
     match tokio::time::timeout(ANSWER_TIMEOUT, answer).await {
-        Ok(Ok((status, body))) if status.is_success() => Ok(Answer {
+        Ok(Ok((status, _, body))) if status.is_success() => Ok(Answer {
             body: String::from_utf8_lossy(&body).into_owned(),
             reconnected,
         }),
-        Ok(Ok((status, body))) => Err(format!(
-            "{status} after {:?}: {}",
+        Ok(Ok((status, retry, body))) => Err(format!(
+            "{status}{} after {:?}: {}",
+            retry.map_or(String::new(), |after| format!(" Retry-After {after:?}")),
             started.elapsed(),
             String::from_utf8_lossy(&body)
         )),

@@ -113,6 +113,12 @@ pub enum RouteTarget {
         /// drained: should the node reboot before the commit, the old process starts and answers.
         backup: Option<u16>,
     },
+    /// Nobody yet: 503 with Retry-After, until this process has taken the place of another that must not
+    /// run beside it. To go on from here to its `Port` takes no reload: nothing is lost on the way.
+    Paused {
+        /// Its port on 127.0.0.1.
+        primary: u16,
+    },
     /// Nobody: 503. A stopped process's port may be anybody's.
     Unavailable,
 }

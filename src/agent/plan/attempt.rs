@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use super::keep::{heal, stop_strays};
-use super::traffic::{Traffic, attempt_virtual_host, committed_virtual_host, traffic};
+use super::recreate::{BeforeSwitch, before_switch, make_way, recreates};
+use super::traffic::{Traffic, attempt_virtual_host, traffic};
 use super::{
     BUILD_TRIES, Plan, Progress, Step, build_unit, committed, failure, phase_of, record_commit,
     unit_names, waiting,
@@ -18,15 +19,17 @@ use crate::api::release::Phase;
 
 /// The attempt's next step, what is committed kept meanwhile.
 pub(super) fn advance(observed: &Observed, attempt: &AttemptRecord) -> Plan {
-    let (mut steps, drift) = heal(observed);
+    let (mut steps, drift) = heal(observed, &attempt.stopped_old);
     let mut wake = None;
-    if !attempt.switching {
-        // Until the attempt takes the traffic, it is the committed release's.
-        match traffic(observed, committed_virtual_host(observed).as_ref()) {
+    // Until the attempt takes the traffic, it is the committed release's.
+    if !attempt.switching
+        && let BeforeSwitch::Serve(host) = before_switch(observed, attempt)
+    {
+        match traffic(observed, host.as_ref()) {
             Traffic::Step(step) => steps.push(step),
             Traffic::HeldUp(held_up) => wake = Some(held_up.until),
             Traffic::InForce(_) => {
-                let strays = stop_strays(observed, Some(attempt));
+                let strays = stop_strays(observed, Some(attempt), &[]);
                 steps.extend(strays.steps);
                 wake = strays.wake;
             }
@@ -44,7 +47,7 @@ pub(super) fn advance(observed: &Observed, attempt: &AttemptRecord) -> Plan {
     } else if !observed.host.trees.contains(&attempt.build_key) {
         build(observed, attempt)
     } else if attempt.processes.is_empty() {
-        choose(observed)
+        choose(observed, attempt)
     } else {
         run(observed, attempt)
     };
@@ -267,7 +270,7 @@ fn fetch(observed: &Observed, attempt: &AttemptRecord) -> Option<Next> {
 const PRESSURE_INTERVAL: Duration = Duration::from_secs(15);
 
 /// There is a tree; units and ports have to be chosen.
-pub(super) fn choose(observed: &Observed) -> Next {
+pub(super) fn choose(observed: &Observed, attempt: &AttemptRecord) -> Next {
     if let Some((host, app)) = observed.host.conflicts.first() {
         let message = format!(
             "host {host} is served by {}/{} on this node: take it out of one of the two Deployments",
@@ -291,6 +294,7 @@ pub(super) fn choose(observed: &Observed) -> Next {
                 .get(&process.unit)
                 .map(|service| &service.health);
             !matches!(health, Some(Health::PortTaken { .. }))
+                && !attempt.stopped_old.contains(&process.unit)
         })
         .map(|process| process.name.clone())
         .collect();
@@ -350,6 +354,14 @@ pub(super) fn run(observed: &Observed, attempt: &AttemptRecord) -> Next {
             to_start.push(process.unit.clone());
         }
     }
+    if to_write.is_empty()
+        && !stale
+        && let Some(next) = make_way(observed, attempt)
+    {
+        return next;
+    }
+    // What must not run beside the old is written before the old stops, and started after.
+    let starts_now = !recreates(attempt) || (to_write.is_empty() && !stale);
     if !to_start.is_empty() || !to_write.is_empty() || stale {
         let mut steps = vec![];
         if !to_write.is_empty() {
@@ -358,7 +370,7 @@ pub(super) fn run(observed: &Observed, attempt: &AttemptRecord) -> Next {
         if stale {
             steps.push(Step::ReloadManager);
         }
-        if !to_start.is_empty() {
+        if !to_start.is_empty() && starts_now {
             steps.push(Step::StartUnits(to_start));
         }
         return Next::steps(steps, Phase::Starting, "the processes start");
@@ -392,7 +404,7 @@ pub(super) fn earlier(
 /// All processes are healthy.
 pub(super) fn switch(observed: &Observed, attempt: &AttemptRecord, ready_since: Duration) -> Next {
     if !attempt.switching {
-        if stop_strays(observed, Some(attempt)).left {
+        if stop_strays(observed, Some(attempt), &[]).left {
             return Next::wait(Progress::At(
                 Phase::Starting,
                 "older processes finish their requests first".to_owned(),

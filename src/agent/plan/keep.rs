@@ -11,7 +11,7 @@ use crate::api::release::Phase;
 
 /// Nothing is tried: what is committed is kept so, and what is neither committed nor tried is stopped.
 pub(super) fn held(observed: &Observed, progress: Progress) -> Plan {
-    let (mut steps, drift) = heal(observed);
+    let (mut steps, drift) = heal(observed, &[]);
     let mut wake = None;
     let mut progress = progress;
     match traffic(observed, committed_virtual_host(observed).as_ref()) {
@@ -23,7 +23,7 @@ pub(super) fn held(observed: &Observed, progress: Progress) -> Plan {
             }
         }
         Traffic::InForce(_) => {
-            let strays = stop_strays(observed, None);
+            let strays = stop_strays(observed, None, &[]);
             steps.extend(strays.steps);
             wake = strays.wake;
             if strays.left && progress == Progress::Idle {
@@ -57,6 +57,7 @@ pub(super) fn keep_ports(observed: &Observed, attempt: &AttemptRecord) -> Plan {
         let again = AttemptRecord {
             processes: vec![],
             switching: false,
+            stopped_old: vec![],
             outcome: None,
             build_result: None,
             ..attempt.clone()
@@ -69,8 +70,8 @@ pub(super) fn keep_ports(observed: &Observed, attempt: &AttemptRecord) -> Plan {
     held(observed, Progress::Idle)
 }
 
-/// Puts right what is not as `applied.json` says, but for the traffic.
-pub(super) fn heal(observed: &Observed) -> (Vec<Step>, Vec<String>) {
+/// Puts right what is not as `applied.json` says, but for the traffic. Units of `held_back` stay stopped.
+pub(super) fn heal(observed: &Observed, held_back: &[String]) -> (Vec<Step>, Vec<String>) {
     let (mut steps, mut drift) = (vec![], vec![]);
     let Some(release) = committed(observed) else {
         return (steps, drift);
@@ -85,7 +86,9 @@ pub(super) fn heal(observed: &Observed) -> (Vec<Step>, Vec<String>) {
         let Some(service) = host.services.get(&process.unit) else {
             drift.push(format!("{} was gone", process.unit));
             missing.push(process.clone());
-            stopped.push(process.unit.clone());
+            if !held_back.contains(&process.unit) {
+                stopped.push(process.unit.clone());
+            }
             continue;
         };
         if service.file != FileView::Intact {
@@ -101,7 +104,9 @@ pub(super) fn heal(observed: &Observed) -> (Vec<Step>, Vec<String>) {
             missing.push(process.clone());
         }
         stale |= service.stale;
-        if matches!(service.activity, Activity::Inactive | Activity::Failed) {
+        if matches!(service.activity, Activity::Inactive | Activity::Failed)
+            && !held_back.contains(&process.unit)
+        {
             drift.push(format!("{} was stopped", process.unit));
             stopped.push(process.unit.clone());
         }
@@ -138,7 +143,12 @@ pub(super) struct Strays {
     pub(super) left: bool,
 }
 
-pub(super) fn stop_strays(observed: &Observed, attempt: Option<&AttemptRecord>) -> Strays {
+/// Stops them when the requests of before are drained; those of `at_once` have none, and do not wait.
+pub(super) fn stop_strays(
+    observed: &Observed,
+    attempt: Option<&AttemptRecord>,
+    at_once: &[String],
+) -> Strays {
     let tried: &[ProcessRecord] = attempt.map_or(&[], |attempt| &attempt.processes);
     let applied: &[ProcessRecord] = committed(observed).map_or(&[], |release| &release.processes);
     let build = attempt.map(|attempt| build_unit(observed, attempt));
@@ -169,6 +179,11 @@ pub(super) fn stop_strays(observed: &Observed, attempt: Option<&AttemptRecord>) 
     strays.left |= !to_stop.is_empty() || !to_remove.is_empty();
     if !to_remove.is_empty() {
         strays.steps.push(Step::RemoveUnits(to_remove));
+    }
+    let (idle, to_stop): (Vec<_>, Vec<_>) =
+        to_stop.into_iter().partition(|unit| at_once.contains(unit));
+    if !idle.is_empty() {
+        strays.steps.push(Step::StopUnits(idle));
     }
     if !to_stop.is_empty() {
         match observed.host.drain {

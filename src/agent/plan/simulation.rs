@@ -11,14 +11,15 @@ use super::traffic::virtual_host;
 use super::{CRASH_LOOP_RESTARTS, Plan, Progress, Step, plan};
 use crate::agent::host::proxy::{RouteTarget, VirtualHost};
 use crate::agent::host::records::{
-    AppliedRecord, AttemptRecord, BuildKey, ContentDigest, EnvDigest, ProcessRecord,
-    RecordedFailure, ReleaseRecord, StepResult, Wish,
+    AppliedRecord, AttemptRecord, BuildKey, ContentDigest, EnvDigest, KeptRecord, ProcessRecord,
+    RECORD_VERSION, RecordedFailure, ReleaseRecord, StepResult, Wish,
 };
 use crate::agent::host::unit;
 use crate::agent::view::{
     Activity, BuildView, DrainView, FileView, Health, HeldUp, HostView, Observed, ServiceView,
     SlotView, SourceView, TargetView, VirtualHostView, Wanted,
 };
+use crate::api::deployment::Switch;
 use crate::api::names::{AppName, Commit, ReleaseId, RevisionName};
 use crate::api::reasons::Reason;
 use crate::api::release::Template;
@@ -42,6 +43,7 @@ pub struct Draft {
     pub web: char,
     pub worker: char,
     pub routed: bool,
+    pub recreate: bool,
 }
 
 pub fn draft(number: u8) -> Draft {
@@ -51,6 +53,7 @@ pub fn draft(number: u8) -> Draft {
         web: 'a',
         worker: 'a',
         routed: true,
+        recreate: false,
     }
 }
 
@@ -70,7 +73,7 @@ pub fn wish(draft: Draft) -> Wish {
         "source": {"url": "https://git.test/shop.git"},
         "build": {"run": "make"},
         "processes": [web, {"name": "worker", "command": ["worker", draft.worker.to_string()]}],
-        "switch": "BlueGreen", "minReadySeconds": 5, "keepReleases": 2,
+        "switch": if draft.recreate { "Recreate" } else { "BlueGreen" }, "minReadySeconds": 5, "keepReleases": 2,
     }))
     .unwrap();
     Wish {
@@ -118,6 +121,9 @@ pub struct World {
     stages: BTreeSet<(BuildKey, u32)>,
     virtual_host_file: Option<VirtualHost>,
     has_files: bool,
+    /// Unit files that an admin has deleted at some time.
+    deleted: BTreeSet<String>,
+    kept_state: Option<KeptRecord>,
     // Gone after a reboot.
     services: BTreeMap<String, Service>,
     builds: BTreeMap<String, Build>,
@@ -158,6 +164,8 @@ impl World {
             stages: BTreeSet::new(),
             virtual_host_file: None,
             has_files: false,
+            deleted: BTreeSet::new(),
+            kept_state: None,
             services: BTreeMap::new(),
             builds: BTreeMap::new(),
             proxy: None,
@@ -208,10 +216,11 @@ impl World {
             && let Some(target) = self.target.clone()
         {
             for unit in target.units {
-                assert!(
-                    self.files.contains_key(&unit),
-                    "the boot starts {unit}, which has no file"
-                );
+                if !self.files.contains_key(&unit) {
+                    let by_an_admin = self.deleted.contains(&unit);
+                    assert!(by_an_admin, "the boot starts {unit}, which has no file");
+                    continue;
+                }
                 self.services.insert(
                     unit,
                     Service {
@@ -235,7 +244,8 @@ impl World {
 
     /// An admin deletes a unit file.
     pub fn delete_a_file(&mut self) {
-        self.files.pop_first();
+        let deleted = self.files.pop_first();
+        self.deleted.extend(deleted.map(|(unit, _)| unit));
         self.unload();
     }
 
@@ -369,6 +379,7 @@ impl World {
                 },
                 disk_pressure: None,
                 has_files: self.has_files,
+                kept_state: self.kept_state.clone(),
             },
             held_up: self.held_up.clone(),
         }
@@ -583,6 +594,7 @@ impl World {
             }
             Step::StartUnits(units) => {
                 for unit in units {
+                    self.check_alone(unit);
                     assert!(
                         self.files.contains_key(unit),
                         "{unit} is started without a file"
@@ -598,8 +610,13 @@ impl World {
                 }
             }
             Step::StopUnits(units) => {
+                let gives_way = |unit: &String| {
+                    self.attempt
+                        .as_ref()
+                        .is_some_and(|a| a.outcome.is_none() && a.stopped_old.contains(unit))
+                };
                 assert!(
-                    removing || !touches_committed(self, units),
+                    removing || !touches_committed(self, units) || units.iter().all(gives_way),
                     "a committed unit is stopped"
                 );
                 for unit in units {
@@ -611,7 +628,7 @@ impl World {
                             RouteTarget::Port { primary, .. } => {
                                 unit.contains(&primary.to_string())
                             }
-                            RouteTarget::Unavailable => false,
+                            RouteTarget::Paused { .. } | RouteTarget::Unavailable => false,
                         });
                     assert!(
                         !served,
@@ -692,7 +709,8 @@ impl World {
                 self.target = None;
                 self.enabled = false;
             }
-            Step::RemoveFiles { keep_state: _ } => {
+            Step::TakeState { keep: _ } => self.kept_state = None,
+            Step::RemoveFiles { keep_state } => {
                 assert!(
                     removing
                         && self.services.is_empty()
@@ -704,6 +722,12 @@ impl World {
                 self.stages.clear();
                 self.releases.clear();
                 self.has_files = false;
+                let applied = self.applied.as_ref();
+                self.kept_state = keep_state.then(|| KeptRecord {
+                    version: RECORD_VERSION,
+                    deployment_uid: applied.and_then(|applied| applied.deployment_uid.clone()),
+                    since: Timestamp::UNIX_EPOCH,
+                });
                 self.attempt = None;
                 self.applied = None;
             }
@@ -751,6 +775,27 @@ impl World {
         self.attempt = Some(attempt);
     }
 
+    /// In a Recreate no two units of one process run at the same time.
+    fn check_alone(&self, unit: &str) {
+        let Some(attempt) = &self.attempt else { return };
+        let is_new = attempt.processes.iter().any(|p| p.unit == unit)
+            && !self.committed().iter().any(|p| p.unit == unit);
+        let is_old = attempt.stopped_old.iter().any(|old| old == unit);
+        if !(is_new && attempt.wish.template.switch == Switch::Recreate || is_old) {
+            return;
+        }
+        let process = |unit: &str| unit.split('.').nth(3).map(str::to_owned);
+        for (other, service) in &self.services {
+            assert!(
+                other == unit
+                    || process(other) != process(unit)
+                    || service.activity == Activity::Inactive,
+                "{unit} is started beside {other}:\n{}",
+                self.log.join("\n")
+            );
+        }
+    }
+
     /// The commit: everything that must hold before it.
     fn check_commit(&self, id: ReleaseId, units: &[String]) {
         let attempt = self.attempt.as_ref().expect("an attempt");
@@ -763,12 +808,16 @@ impl World {
                 .expect("committed without a service");
             assert_eq!(service.activity, Activity::Active, "{unit}");
         }
+        let backup = match attempt.stopped_old.is_empty() {
+            true => self.committed(),
+            false => &[],
+        };
         let wanted = virtual_host(
             &app(),
             id,
             &attempt.wish.template,
             &attempt.processes,
-            self.committed(),
+            backup,
         );
         assert_eq!(self.proxy, wanted, "committed without the traffic");
         if let Some((_, since)) = &self.in_force {

@@ -31,24 +31,34 @@ fn failed_for(world: &World) -> Option<Reason> {
     }
 }
 
-/// Steps of a change from release 1 to release 2.
-fn steps_of_a_change() -> usize {
-    let mut world = running(1);
-    let before = world.steps_done();
-    world.want(draft(2));
-    world.settle();
-    world.steps_done() - before
+/// Release 2, which replaces release 1 in one way or the other.
+fn second(recreate: bool) -> Draft {
+    Draft {
+        recreate,
+        ..draft(2)
+    }
+}
+
+/// Each step of a change from release 1 to release 2, both ways.
+fn steps_of_a_change() -> impl Iterator<Item = (bool, usize)> {
+    [false, true].into_iter().flat_map(|recreate| {
+        let mut world = running(1);
+        let before = world.steps_done();
+        world.want(second(recreate));
+        world.settle();
+        (0..=world.steps_done() - before).map(move |steps| (recreate, steps))
+    })
 }
 
 /// Runs a change from release 1 to 2 up to `steps` steps, one at a time.
-fn in_the_middle_of_a_change(steps: usize) -> World {
+fn in_the_middle_of_a_change((recreate, steps): (bool, usize)) -> World {
     let mut world = running(1);
-    change(&mut world, 2, steps);
+    change(&mut world, second(recreate), steps);
     world
 }
 
-fn change(world: &mut World, to: u8, steps: usize) {
-    world.want(draft(to));
+fn change(world: &mut World, to: Draft, steps: usize) {
+    world.want(to);
     let mut left = steps;
     for _ in 0..400 {
         if left == 0 {
@@ -81,6 +91,50 @@ fn at_rest_there_is_nothing_to_do() {
     let mut world = running(1);
     let (plan, _) = world.round(usize::MAX);
     assert_eq!((plan.steps, plan.drift), (vec![], vec![]));
+}
+
+#[test]
+fn a_recreate_stops_what_changes_before_it_starts_and_nothing_else() {
+    let mut world = running(1);
+    let worker = world.unit_of("worker");
+    let web = world.unit_of("web").unwrap();
+    world.want(Draft {
+        number: 2,
+        web: 'b',
+        recreate: true,
+        ..draft(1)
+    });
+    assert_eq!(world.settle(), Progress::Idle);
+    world.check_settled();
+    assert_eq!(world.serving(), Some(release_id(2)));
+    assert_eq!(world.unit_of("worker"), worker);
+    let story = world.log.join("\n");
+    let at = |what: String| {
+        story
+            .rfind(&what)
+            .unwrap_or_else(|| panic!("no {what}:\n{story}"))
+    };
+    let stopped = at(format!("StopUnits([\"{web}\"])"));
+    let started = at(format!("StartUnits([\"{}", world.unit_of("web").unwrap()));
+    assert!(
+        at("Paused".into()) < stopped && stopped < started,
+        "{story}"
+    );
+}
+
+#[test]
+fn a_recreate_that_is_rebooted_while_it_bakes_stops_the_old_once_more() {
+    let mut world = running(1);
+    world.want(second(true));
+    while world.attempt.as_ref().is_none_or(|a| !a.switching) {
+        if world.round(1).1 == 0 {
+            world.pass_time(Duration::from_secs(1));
+        }
+    }
+    world.reboot();
+    world.settle();
+    world.check_settled();
+    assert_eq!(world.serving(), Some(release_id(2)));
 }
 
 #[test]
@@ -141,15 +195,18 @@ fn an_app_without_a_route_has_no_virtual_host() {
 
 #[test]
 fn each_failure_before_the_commit_keeps_the_running_release() {
-    for (fate, reason) in [
-        (Fate::BuildFails, Reason::BuildFailed),
-        (Fate::NeverReady, Reason::ProbeFailed),
-        (Fate::CrashesBaking, Reason::CrashLooping),
+    for (fate, reason, recreate) in [
+        (Fate::BuildFails, Reason::BuildFailed, false),
+        (Fate::NeverReady, Reason::ProbeFailed, false),
+        (Fate::CrashesBaking, Reason::CrashLooping, false),
+        (Fate::BuildFails, Reason::BuildFailed, true),
+        (Fate::NeverReady, Reason::ProbeFailed, true),
+        (Fate::CrashesBaking, Reason::CrashLooping, true),
     ] {
         let mut world = running(1);
         let web = world.unit_of("web");
         world.fates.insert(2, fate);
-        world.want(draft(2));
+        world.want(second(recreate));
         let progress = world.settle();
         assert!(
             matches!(&progress, Progress::Failed(failure) if failure.reason == reason),
@@ -314,12 +371,16 @@ fn what_somebody_stopped_or_deleted_is_put_right() {
 
 #[test]
 fn a_newer_wish_supersedes_an_older_one_at_every_step() {
-    for steps in 0..=steps_of_a_change() {
+    for steps in steps_of_a_change() {
         let mut world = in_the_middle_of_a_change(steps);
         world.want(draft(3));
         world.settle();
         world.check_settled();
-        assert_eq!(world.serving(), Some(release_id(3)), "after {steps} steps");
+        assert_eq!(
+            world.serving(),
+            Some(release_id(3)),
+            "after {steps:?} steps"
+        );
     }
 }
 
@@ -342,22 +403,26 @@ fn a_superseded_build_is_killed_by_the_next_step() {
 
 #[test]
 fn the_wish_that_comes_back_at_every_step_is_served() {
-    for steps in 0..=steps_of_a_change() {
+    for steps in steps_of_a_change() {
         let mut world = in_the_middle_of_a_change(steps);
         world.want(draft(1));
         world.settle();
         world.check_settled();
-        assert_eq!(world.serving(), Some(release_id(1)), "after {steps} steps");
+        assert_eq!(
+            world.serving(),
+            Some(release_id(1)),
+            "after {steps:?} steps"
+        );
     }
 }
 
 #[test]
 fn an_agent_killed_at_every_step_carries_on_and_builds_once() {
     for api in [true, false] {
-        for steps in 0..=steps_of_a_change() {
+        for steps in steps_of_a_change() {
             let mut world = in_the_middle_of_a_change(steps);
             world.restart_agent();
-            let known = steps > 0;
+            let known = steps.1 > 0;
             if !api {
                 world.wanted = Wanted::Unknown;
             }
@@ -367,12 +432,12 @@ fn an_agent_killed_at_every_step_carries_on_and_builds_once() {
                 assert_eq!(
                     world.serving(),
                     Some(release_id(2)),
-                    "after {steps} steps, api {api}"
+                    "after {steps:?} steps, api {api}"
                 );
                 assert_eq!(
                     world.build_starts,
                     2,
-                    "after {steps} steps, api {api}\n{}",
+                    "after {steps:?} steps, api {api}\n{}",
                     world.log.join("\n")
                 );
             }
@@ -382,26 +447,30 @@ fn an_agent_killed_at_every_step_carries_on_and_builds_once() {
 
 #[test]
 fn a_node_rebooted_at_every_step_comes_up_serving_and_carries_on() {
-    for steps in 0..=steps_of_a_change() {
+    for steps in steps_of_a_change() {
         let mut world = in_the_middle_of_a_change(steps);
         world.reboot();
         world.settle();
         world.check_settled();
-        assert_eq!(world.serving(), Some(release_id(2)), "after {steps} steps");
+        assert_eq!(
+            world.serving(),
+            Some(release_id(2)),
+            "after {steps:?} steps"
+        );
     }
 }
 
 #[test]
 fn a_removal_at_every_step_leaves_nothing() {
     for restart in [false, true] {
-        for steps in 0..=steps_of_a_change() {
+        for steps in steps_of_a_change() {
             let mut world = in_the_middle_of_a_change(steps);
             world.remove();
             if restart {
                 world.round(2);
                 world.restart_agent();
             }
-            assert_eq!(world.settle(), Progress::Removed, "after {steps} steps");
+            assert_eq!(world.settle(), Progress::Removed, "after {steps:?} steps");
             world.check_empty();
         }
     }
@@ -440,6 +509,43 @@ fn the_absence_of_a_release_removes_nothing() {
 }
 
 #[test]
+fn an_app_that_is_orphaned_at_every_step_stays_as_it_was_committed() {
+    for restart in [false, true] {
+        for steps in steps_of_a_change() {
+            let mut world = in_the_middle_of_a_change(steps);
+            world.wanted = Wanted::Orphan;
+            if restart {
+                world.round(1);
+                world.restart_agent();
+            }
+            assert_eq!(world.settle(), Progress::Removed, "after {steps:?} steps");
+            world.check_settled();
+            assert!(world.serving().is_some(), "after {steps:?} steps");
+            let marked = |world: &World| world.applied.as_ref().unwrap().orphaned.is_some();
+            assert!(marked(&world));
+            world.wanted = Wanted::Absent;
+            world.settle();
+            world.check_settled();
+            // Another Deployment of the name takes it on.
+            world.want(draft(3));
+            assert_eq!(world.settle(), Progress::Idle);
+            assert_eq!(world.serving(), Some(release_id(3)));
+            assert!(!marked(&world));
+        }
+    }
+}
+
+#[test]
+fn nothing_is_left_of_an_app_that_is_orphaned_before_its_first_commit() {
+    let mut world = World::new();
+    world.want(draft(1));
+    world.round(3);
+    world.wanted = Wanted::Orphan;
+    assert_eq!(world.settle(), Progress::Removed);
+    world.check_empty();
+}
+
+#[test]
 fn a_spec_that_cannot_be_carried_out_holds_what_runs() {
     let mut world = running(1);
     let failure = RecordedFailure {
@@ -462,6 +568,7 @@ enum Event {
     Want(Draft),
     Fate(u8, Fate),
     Remove,
+    Orphan,
     Absent,
     Unknown,
     RestartAgent,
@@ -475,21 +582,24 @@ enum Event {
 
 fn event() -> impl Strategy<Value = Event> {
     let wish = (
-        1u8..6,
+        1u8..4,
         1u8..4,
         prop::sample::select(vec!['a', 'b']),
         prop::sample::select(vec!['a', 'b']),
         any::<bool>(),
+        any::<bool>(),
     );
     prop_oneof![
         // A release id always names the same content.
-        4 => wish.prop_map(|(commit, number, web, worker, routed)| {
-            let number = commit * 32 + number * 8 + u8::from(web == 'b') * 4 + u8::from(worker == 'b') * 2 + u8::from(routed);
-            Event::Want(Draft { number, commit, web, worker, routed })
+        4 => wish.prop_map(|(commit, number, web, worker, routed, recreate)| {
+            let number = commit * 64 + number * 16 + u8::from(recreate) * 8
+                + u8::from(web == 'b') * 4 + u8::from(worker == 'b') * 2 + u8::from(routed);
+            Event::Want(Draft { number, commit, web, worker, routed, recreate })
         }),
         2 => (any::<u8>(), prop::sample::select(vec![Fate::Good, Fate::BuildFails, Fate::NeverReady, Fate::CrashesBaking]))
             .prop_map(|(number, fate)| Event::Fate(number, fate)),
         1 => Just(Event::Remove),
+        1 => Just(Event::Orphan),
         1 => Just(Event::Absent),
         1 => Just(Event::Unknown),
         2 => Just(Event::RestartAgent),
@@ -515,6 +625,7 @@ proptest! {
                 Event::Want(draft) => world.want(draft),
                 Event::Fate(number, fate) => { world.fates.insert(number, fate); }
                 Event::Remove => world.remove(),
+                Event::Orphan => world.wanted = Wanted::Orphan,
                 Event::Absent => world.wanted = Wanted::Absent,
                 Event::Unknown => world.wanted = Wanted::Unknown,
                 Event::RestartAgent => world.restart_agent(),
@@ -538,6 +649,7 @@ proptest! {
                 other => prop_assert!(false, "{:?}\n{}", other, world.log.join("\n")),
             },
             Wanted::Removal { .. } => world.check_empty(),
+            Wanted::Orphan => prop_assert_eq!(progress, Progress::Removed),
             Wanted::Unknown | Wanted::Absent | Wanted::Invalid { .. } => {}
         }
         world.remove();

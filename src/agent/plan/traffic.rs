@@ -49,7 +49,11 @@ pub(super) fn attempt_virtual_host(
     observed: &Observed,
     attempt: &AttemptRecord,
 ) -> Option<VirtualHost> {
-    let old: &[ProcessRecord] = committed(observed).map_or(&[], |release| &release.processes);
+    let old: &[ProcessRecord] = match committed(observed) {
+        // What is stopped answers nothing, and its port may be anybody's.
+        Some(release) if attempt.stopped_old.is_empty() => &release.processes,
+        Some(_) | None => &[],
+    };
     virtual_host(
         &observed.app,
         attempt.wish.release_id,
@@ -57,6 +61,44 @@ pub(super) fn attempt_virtual_host(
         &attempt.processes,
         old,
     )
+}
+
+/// The same before the attempt takes the traffic, when the old has given way to it: of what changes, each
+/// request is answered with 503.
+pub(super) fn paused_attempt_virtual_host(
+    observed: &Observed,
+    attempt: &AttemptRecord,
+) -> Option<VirtualHost> {
+    let applied: &[ProcessRecord] = committed(observed).map_or(&[], |release| &release.processes);
+    let changing: Vec<&str> = attempt
+        .processes
+        .iter()
+        .filter(|new| applied.iter().all(|old| old.unit != new.unit))
+        .map(|new| new.name.as_str())
+        .collect();
+    let host = virtual_host(
+        &observed.app,
+        attempt.wish.release_id,
+        &attempt.wish.template,
+        &attempt.processes,
+        &[],
+    );
+    host.map(|host| pause(host, &changing))
+}
+
+/// Requests for `processes` are answered with 503.
+pub(super) fn pause(mut host: VirtualHost, processes: &[&str]) -> VirtualHost {
+    for route in &mut host.routes {
+        if processes.contains(&route.process.as_str()) {
+            route.target = match route.target {
+                RouteTarget::Port { primary, backup: _ } | RouteTarget::Paused { primary } => {
+                    RouteTarget::Paused { primary }
+                }
+                RouteTarget::Unavailable => RouteTarget::Unavailable,
+            };
+        }
+    }
+    host
 }
 
 /// What the proxy serves for `processes`; nothing if none has a route. Host names that are not valid

@@ -26,8 +26,11 @@ pub(super) fn came_from(answer: &Answer, target: RouteTarget) -> Result<(), Stri
         .and_then(|value| value.to_str().ok())
         .unwrap_or_default();
     match (target, answerer(header)) {
-        (RouteTarget::Unavailable, _) if answer.status == 503 => Ok(()),
-        (RouteTarget::Unavailable, _) => Err(format!(
+        // The proxy's own, not the app's.
+        (RouteTarget::Unavailable | RouteTarget::Paused { .. }, None) if answer.status == 503 => {
+            Ok(())
+        }
+        (RouteTarget::Unavailable | RouteTarget::Paused { .. }, _) => Err(format!(
             "it was answered with status {}, not with 503",
             answer.status
         )),

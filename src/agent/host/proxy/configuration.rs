@@ -32,6 +32,15 @@ pub const ANSWERED_BY_HEADER: &str = "Kari-Answered-By";
 /// A status of nginx's own between the two locations of a route; no answer has it.
 const CLOSING_CODE: u16 = 590;
 
+/// Another one.
+const PAUSED_CODE: u16 = 591;
+
+/// Answers that the process does not run.
+const UNAVAILABLE: &str = "        default_type text/plain;
+        add_header Retry-After 5 always;
+        return 503 \"this Deployment is not running on this node at the moment\\n\";
+";
+
 /// Seconds after which a worker of before a reload closes what it still has, websockets and long
 /// downloads of all Deployments alike. Far above the limit of a drain, as a change of one Deployment
 /// must not cut the others' connections; not for ever, as each reload leaves a worker that costs memory.
@@ -64,6 +73,20 @@ pub fn render_files(settings: &ProxySettings, folder: &Path) -> Vec<(&'static st
         ),
         ("guard.sh", render_guard(settings, folder)),
     ]
+}
+
+/// The folder whose files pause routes, below the proxy's: one [`pause_file`] for each.
+pub const PAUSED_FOLDER: &str = "paused";
+
+/// While this file is there, requests for a process are answered with 503. It has the port in its name, so
+/// that it says nothing of the process of before, which serves until the reload that ends it.
+pub fn pause_file(app: &crate::api::names::AppName, process: &str, port: u16) -> String {
+    format!("{}{process}.{port}", pause_files_of(app))
+}
+
+/// How the names of an app's pause files begin.
+pub fn pause_files_of(app: &crate::api::names::AppName) -> String {
+    format!("{app}.")
 }
 
 /// The digest of the settings in force, which the server that refuses tells 127.0.0.1: an edit of
@@ -229,13 +252,14 @@ pub fn virtual_host_file(app: &crate::api::names::AppName) -> String {
 }
 
 /// A Deployment's file.
-pub fn render_virtual_host(host: &VirtualHost, settings: &ProxySettings) -> String {
+pub fn render_virtual_host(host: &VirtualHost, settings: &ProxySettings, folder: &Path) -> String {
     let VirtualHost {
         app,
         release_id,
         routes,
     } = host;
     let identity = identity(&release_id.to_string());
+    let folder = folder.join(PAUSED_FOLDER);
     let listen = listen(settings, "");
     let mut text = format!("# Written by kari agent for {app}; an edit is overwritten.\n");
     for super::Route {
@@ -254,28 +278,14 @@ pub fn render_virtual_host(host: &VirtualHost, settings: &ProxySettings) -> Stri
         let location = match target {
             RouteTarget::Port { primary, backup } => {
                 text.push_str(&render_upstream(&upstream, *primary, *backup));
-                format!(
-                    "    location / {{
-        if (-f {CLOSING_FILE}) {{
-            return {CLOSING_CODE};
-        }}
-        error_page {CLOSING_CODE} = @closing;
-        proxy_pass http://{upstream};
-    }}
-    location @closing {{
-        keepalive_timeout 0;
-        proxy_pass http://{upstream};
-    }}
-"
-                )
+                render_location(&upstream, &folder.join(pause_file(app, process, *primary)))
             }
-            RouteTarget::Unavailable => "    location / {
-        default_type text/plain;
-        add_header Retry-After 5 always;
-        return 503 \"this Deployment is not running on this node at the moment\\n\";
-    }
-"
-            .to_owned(),
+            // The same text: a file more is the difference.
+            RouteTarget::Paused { primary } => {
+                text.push_str(&render_upstream(&upstream, *primary, None));
+                render_location(&upstream, &folder.join(pause_file(app, process, *primary)))
+            }
+            RouteTarget::Unavailable => format!("    location / {{\n{UNAVAILABLE}    }}\n"),
         };
         text.push_str(&format!(
             "server {{
@@ -286,6 +296,32 @@ pub fn render_virtual_host(host: &VirtualHost, settings: &ProxySettings) -> Stri
         ));
     }
     text
+}
+
+/// Passes requests on while no file says otherwise.
+fn render_location(upstream: &str, pause_file: &Path) -> String {
+    let pause_file = pause_file.display();
+    format!(
+        "    location / {{
+        if (-f {pause_file}) {{
+            return {PAUSED_CODE};
+        }}
+        if (-f {CLOSING_FILE}) {{
+            return {CLOSING_CODE};
+        }}
+        error_page {PAUSED_CODE} = @paused;
+        error_page {CLOSING_CODE} = @closing;
+        proxy_pass http://{upstream};
+    }}
+    location @closing {{
+        keepalive_timeout 0;
+        proxy_pass http://{upstream};
+    }}
+    location @paused {{
+        keepalive_timeout 0;
+{UNAVAILABLE}    }}
+"
+    )
 }
 
 /// Idle connections to an app are kept for less time than any app server keeps them: one that the app

@@ -9,11 +9,11 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::answer::{came_from, names};
 use super::configuration::{
-    self, IDENTITY_PATH, MEASURE_HEADER, UNIT, render_unit, render_virtual_host, settings_digest,
-    virtual_host_file,
+    self, IDENTITY_PATH, MEASURE_HEADER, PAUSED_FOLDER, UNIT, pause_file, pause_files_of,
+    render_unit, render_virtual_host, settings_digest, virtual_host_file,
 };
 use super::reload::{OldWorkers, Reloads, Worker};
-use super::{HostName, ProxySettings, Route, VirtualHost};
+use super::{HostName, ProxySettings, Route, RouteTarget, VirtualHost};
 use crate::agent::host::port::holder_of;
 use crate::agent::host::probe::{self, ANY_LABEL, Answer};
 use crate::agent::host::store::{self, StoreError, UnitFiles, write_durably};
@@ -139,6 +139,7 @@ impl Proxy {
             ..
         } = &*self.inner;
         store::make_folder(&self.vhosts(), 0o755, None)?;
+        store::make_folder(&self.paused(), 0o755, None)?;
         for (name, text) in configuration::render_files(settings, folder) {
             replace(&folder.join(name), text.as_bytes())?;
         }
@@ -224,10 +225,14 @@ impl Proxy {
     /// What it returns has to drain before the old process may stop: nothing, if all was so already.
     pub async fn publish(&self, host: &VirtualHost) -> Result<OldWorkers, ProxyError> {
         let path = self.vhosts().join(virtual_host_file(&host.app));
-        let text = render_virtual_host(host, &self.inner.settings);
+        let text = render_virtual_host(host, &self.inner.settings, &self.inner.folder);
         let before = store::read(&path)?;
-        if before.as_deref() == Some(text.as_bytes()) && self.measure(host).await.is_ok() {
-            return Ok(OldWorkers::default());
+        let paused = self.pause(host)?;
+        if before.as_deref() == Some(text.as_bytes()) {
+            self.end_pauses(&host.app, &paused)?;
+            if self.measure(host).await.is_ok() {
+                return Ok(OldWorkers::default());
+            }
         }
         if self.inner.reloads.workers().await?.is_empty() {
             self.ensure().await?;
@@ -246,8 +251,36 @@ impl Proxy {
                 return Err(error);
             }
         };
+        self.end_pauses(&host.app, &paused)?;
         self.measure(host).await?;
         Ok(old)
+    }
+
+    /// Writes the files that pause the host's routes which are to be. What is in force meanwhile has other ports.
+    fn pause(&self, host: &VirtualHost) -> Result<BTreeSet<String>, ProxyError> {
+        let mut paused = BTreeSet::new();
+        for route in &host.routes {
+            match route.target {
+                RouteTarget::Paused { primary } => {
+                    paused.insert(pause_file(&host.app, &route.process, primary));
+                }
+                RouteTarget::Port { .. } | RouteTarget::Unavailable => {}
+            }
+        }
+        for file in &paused {
+            replace(&self.paused().join(file), b"")?;
+        }
+        Ok(paused)
+    }
+
+    /// Removes an app's other pause files, once what is in force has no use for them.
+    fn end_pauses(&self, app: &AppName, but: &BTreeSet<String>) -> Result<(), ProxyError> {
+        for name in store::names_in(&self.paused())? {
+            if name.starts_with(&pause_files_of(app)) && !but.contains(&name) {
+                store::remove(&self.paused().join(name))?;
+            }
+        }
+        Ok(())
     }
 
     /// Whether `host` is in force: each of its host names is answered by the release, and each route by the
@@ -292,6 +325,7 @@ impl Proxy {
         };
         let hosts = hosts_of(&String::from_utf8_lossy(&text));
         store::remove(&path)?;
+        self.end_pauses(app, &BTreeSet::new())?;
         let old = match self.reload_for(&path).await {
             Ok(old) => old,
             Err(error) => {
@@ -369,6 +403,10 @@ impl Proxy {
 
     fn vhosts(&self) -> PathBuf {
         self.inner.folder.join("vhosts")
+    }
+
+    fn paused(&self) -> PathBuf {
+        self.inner.folder.join(PAUSED_FOLDER)
     }
 
     /// What the server that refuses calls itself.

@@ -1,3 +1,5 @@
+use std::path::Path;
+
 use proptest::prelude::*;
 
 use super::configuration::render_virtual_host;
@@ -91,13 +93,18 @@ fn the_old_port_is_a_backup_only_while_there_is_one() {
                 backup,
             }),
             &settings(),
+            Path::new("/proxy"),
         )
     };
     assert!(text(Some(20000)).contains("server 127.0.0.1:20000 max_fails=0 backup;"));
     assert!(!text(None).contains("backup"));
     // A process that is not touched keeps its port: it is no backup of itself, which nginx would ask twice.
     assert!(!text(Some(20001)).contains("backup"));
-    let stopped = render_virtual_host(&shop(RouteTarget::Unavailable), &settings());
+    let stopped = render_virtual_host(
+        &shop(RouteTarget::Unavailable),
+        &settings(),
+        Path::new("/proxy"),
+    );
     assert!(
         stopped.contains("return 503") && !stopped.contains("upstream"),
         "{stopped}"
@@ -105,8 +112,26 @@ fn the_old_port_is_a_backup_only_while_there_is_one() {
 }
 
 #[test]
+fn going_on_from_a_pause_changes_no_text_and_so_takes_no_reload() {
+    let text = |target| render_virtual_host(&shop(target), &settings(), Path::new("/proxy"));
+    let paused = text(RouteTarget::Paused { primary: 20001 });
+    let port = |primary| RouteTarget::Port {
+        primary,
+        backup: None,
+    };
+    assert_eq!(paused, text(port(20001)));
+    // What serves until the reload looks for another file.
+    assert!(paused.contains("/proxy/paused/web.shop.web.20001)"));
+    assert!(!text(port(20000)).contains("/proxy/paused/web.shop.web.20001)"));
+}
+
+#[test]
 fn a_file_tells_its_hosts_again() {
-    let text = render_virtual_host(&shop(RouteTarget::Unavailable), &settings());
+    let text = render_virtual_host(
+        &shop(RouteTarget::Unavailable),
+        &settings(),
+        Path::new("/proxy"),
+    );
     assert_eq!(hosts_of(&text), [host("shop.test"), host("*.shop.test")]);
 }
 

@@ -664,12 +664,19 @@ async fn submodules_that_lead_astray_are_refused_with_their_place_and_nothing_is
         .trim()
         .to_owned()
     };
-    let mut cases = vec![
-        ("..", "no place", tree_with("..")),
-        (".git", "no place", tree_with(".git")),
-        (".GIT", "no place", tree_with(".GIT")),
-        ("-dash", "no place", tree_with("-dash")),
-    ];
+    // What no tree may have git itself refuses, whoever wants it, and it is said which.
+    for name in ["..", ".git", ".GIT"] {
+        let app = node.want_more("web.astray", &url, &tree_with(name), None, true);
+        let (reason, message) = node.failure(&app).await;
+        assert_eq!(reason, Reason::SourceUnavailable, "{name}");
+        assert!(message.contains("hasDot"), "{name}: {message}");
+    }
+    let mut cases = vec![("-dash", "no place", tree_with("-dash"))];
+    cases.push((
+        "a path that leads out",
+        "not say where",
+        commit_links("astray", &module("../lib", "../good"), &[link("lib")]),
+    ));
     for (url, words) in [
         ("file:///srv/git/good", "none of https"),
         ("/srv/git/good", "none of https"),

@@ -456,7 +456,8 @@ fn update_in_place(assign: &Assign<'_>, rollout: &mut Rollout) {
         }
         let behind = assign.has_wanted(release)
             && release.spec.template != assign.wanted.data.template
-            && release.failed().is_none();
+            // The object at fault on a node may be mended by this very change.
+            && !matches!(release.failed(), Some((_, FailureClass::Revision)));
         if behind || release.orphaned {
             let mut spec = release.spec.clone();
             spec.on_delete = OnDelete::FollowPolicy;

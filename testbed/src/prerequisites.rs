@@ -29,6 +29,9 @@ const NEEDED: [(&str, &str); 14] = [
     ("libnss_systemd.so.2", "libnss-systemd"),
 ];
 
+/// Held while packages are installed.
+const LOCK: &str = "/run/lock/kari-testbed-install";
+
 /// Packages that enable a service, which nobody asked for here.
 const SERVICES: [(&str, &str); 2] = [
     ("nginx-light", "nginx.service"),
@@ -45,6 +48,13 @@ pub fn ensure() -> Result<()> {
             "a testbed makes namespaces, mounts and cgroups: run it as root".to_owned(),
         ));
     }
+    if missing().is_empty() {
+        return Ok(());
+    }
+    // One at a time: a second one finds what the first has installed.
+    let lock = fs::File::create(LOCK).context(|| format!("create {LOCK}"))?;
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)
+        .context(|| format!("lock {LOCK}"))?;
     let missing = missing();
     if missing.is_empty() {
         return Ok(());

@@ -245,7 +245,8 @@ impl Testbed {
         };
         append().context(|| format!("write {}", of_controller.display()))?;
         for node in self.nodes() {
-            let script = r#"printf %s "$1" >>"$2""#;
+            // For all to read, as on any machine.
+            let script = r#"printf %s "$1" >>"$2" && chmod a+r "$2""#;
             node.output(["sh", "-euc", script, "trust", &text, in_node])
                 .await?;
         }

@@ -310,6 +310,11 @@ fn the_object_at_fault_on_a_node_stalls_and_blocks_no_revision() {
     assert_eq!(world.stalled().0, "True/RouteConflict");
     assert_eq!(world.status().blocked_revisions, []);
     assert_eq!(world.active(), Vec::<&str>::new());
+    // A change that is not in the revision reaches the node, which may go on by it.
+    world.spec().keep_releases = 7;
+    world.reconcile();
+    assert_eq!(world.release("n1").spec.template.keep_releases, 7);
+    assert_eq!(world.told(), ["a", "-"]);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use super::step::{EXIT_COMMIT_MISSING, EXIT_DAMAGED};
 use super::{FetchFailure, SourceUrl};
 use crate::agent::host::records::StepResult;
+use crate::api::names::Commit;
 use crate::api::reasons::Reason;
 
 /// What follows from a failed fetch.
@@ -94,6 +95,12 @@ pub(super) fn diagnose(source: &SourceUrl, result: &StepResult, log: &str) -> Di
             format!("the server wants other credentials, or the repository does not exist: {said}"),
         ));
     }
+    if let Some(fault) = log.lines().map(str::trim).rfind(|line| is_fault(line)) {
+        return unavailable(format!(
+            "the server sends an object that git refuses: {}",
+            last_words(fault)
+        ));
+    }
     if matches(&NETWORK) {
         return unavailable(said);
     }
@@ -167,6 +174,13 @@ const DAMAGE: [&str; 9] = [
     "fatal: unable to read tree",
 ];
 
+/// `error: object <id>: <what>: <why>`, of what is received; damage of the mirror's own has a path there.
+fn is_fault(line: &str) -> bool {
+    line.strip_prefix("error: object ")
+        .and_then(|rest| rest.split_once(": "))
+        .is_some_and(|(id, _)| Commit::parse(id).is_ok())
+}
+
 /// The last line that says what went wrong, shortened; control characters, which a server may send, left out.
 fn last_words(log: &str) -> String {
     let telling = |line: &str| {
@@ -223,6 +237,11 @@ mod tests {
     #[test]
     fn gits_words_have_the_reason_that_they_mean() {
         let table = [
+            (
+                128,
+                "error: object 1eab91caca6a1cbc96eef3593b2c0806de60f630: hasDotdot: contains '..'\nfatal: fsck error in packed object\nfatal: fetch-pack: invalid index-pack output\n",
+                Reason::SourceUnavailable,
+            ),
             (
                 128,
                 "fatal: unable to access 'https://h/r.git/': Could not resolve host: h\n",

@@ -258,14 +258,18 @@ fn block_what_failed(
     }
 }
 
-/// A node on which the object, not the revision, is at fault.
+/// A node on which the object, not the revision, is at fault, as it stands now.
 fn refused_by_a_node<'a>(
     observed: &'a Observed,
     wanted: &Wanted,
     retry: Option<&str>,
 ) -> Option<(&'a ObservedNode, &'a crate::api::release::Failure)> {
     failures(observed, wanted, retry)
-        .find(|(_, _, class)| *class == FailureClass::Invalid)
+        .find(|(node, _, class)| {
+            let release = node.release.as_ref();
+            let is_as_told = release.is_some_and(|r| r.spec.template == wanted.data.template);
+            *class == FailureClass::Invalid && is_as_told
+        })
         .map(|(node, failure, _)| (node, failure))
 }
 

@@ -275,11 +275,20 @@ impl Assign<'_> {
         release.failed().is_some() && release.retry.as_deref() != self.retry
     }
 
+    /// The object was at fault, and has changed since: also by what is not in the revision.
+    fn mended(&self, release: &ObservedRelease) -> bool {
+        matches!(release.failed(), Some((_, FailureClass::Invalid)))
+            && release.spec.template != self.wanted.data.template
+    }
+
     fn needs_work(&self, node: &ObservedNode) -> bool {
         match &node.release {
             None => true,
             Some(release) => {
-                !release.deleting && (!self.has_wanted(release) || self.retry_due(release))
+                !release.deleting
+                    && (!self.has_wanted(release)
+                        || self.retry_due(release)
+                        || self.mended(release))
             }
         }
     }
@@ -456,8 +465,7 @@ fn update_in_place(assign: &Assign<'_>, rollout: &mut Rollout) {
         }
         let behind = assign.has_wanted(release)
             && release.spec.template != assign.wanted.data.template
-            // The object at fault on a node may be mended by this very change.
-            && !matches!(release.failed(), Some((_, FailureClass::Revision)));
+            && release.failed().is_none();
         if behind || release.orphaned {
             let mut spec = release.spec.clone();
             spec.on_delete = OnDelete::FollowPolicy;

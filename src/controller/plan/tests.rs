@@ -310,11 +310,17 @@ fn the_object_at_fault_on_a_node_stalls_and_blocks_no_revision() {
     assert_eq!(world.stalled().0, "True/RouteConflict");
     assert_eq!(world.status().blocked_revisions, []);
     assert_eq!(world.active(), Vec::<&str>::new());
-    // A change that is not in the revision reaches the node, which may go on by it.
+    // It is tried again when the object changes, also by what is not in the revision.
     world.spec().keep_releases = 7;
     world.reconcile();
     assert_eq!(world.release("n1").spec.template.keep_releases, 7);
-    assert_eq!(world.told(), ["a", "-"]);
+    assert_eq!(world.release("n1").spec.attempt, 2);
+    assert_eq!(
+        (world.told(), world.active()),
+        (vec!["a".into(), "-".into()], vec!["n1"])
+    );
+    world.roll_out();
+    assert_eq!(world.served(), ["a", "a"]);
 }
 
 #[test]

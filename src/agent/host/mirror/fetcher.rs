@@ -250,8 +250,8 @@ impl Mirrors {
         // After the unit: what it set last is seen when it has ended.
         let mut held = BTreeMap::new();
         for app in apps {
-            if let Some(commit) = refs::held(path, app).map_err(at("read a reference of", path))? {
-                held.insert(app.clone(), commit);
+            if let Some(here) = refs::held(path, app).map_err(at("read a reference of", path))? {
+                held.insert(app.clone(), here);
             }
         }
         Ok(Seen { unit, held })

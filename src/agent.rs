@@ -11,6 +11,7 @@
 
 mod apply;
 mod collect;
+pub mod control;
 mod guard;
 mod health;
 pub mod host;
@@ -201,6 +202,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
             guard::keep_node(Arc::clone(&node), annotate, systemd_version, KEEP_INTERVAL),
             guard::watch_builds(Arc::clone(&node)),
             guard::empty_trash(Arc::clone(&node)),
+            control::listen(Arc::clone(&node)),
         )
     };
     node.wake_all();

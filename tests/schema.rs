@@ -52,6 +52,7 @@ fn good() -> Value {
                 "route": {"hosts": ["shop.example.com"]},
             }],
             "strategy": {"switch": "BlueGreen", "maxUnavailable": 1, "minReadySeconds": 10, "progressDeadlineSeconds": 1800},
+            "deletionPolicy": "Orphan",
             "keepReleases": 2,
             "revisionHistoryLimit": 10,
             "suspend": false,
@@ -493,6 +494,11 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
             "21 old builds",
             with("/spec/keepReleases", json!(21)),
             "less than or equal to 20",
+        ),
+        (
+            "a deletion policy of another kind's",
+            with("/spec/deletionPolicy", json!("Retain")),
+            "supported values: \"Delete\", \"Orphan\"",
         ),
         (
             "no history",

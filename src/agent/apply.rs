@@ -7,7 +7,9 @@ use std::time::Duration;
 use super::host::mirror::{MirrorError, MirrorState, SourceUrl, Want};
 use super::host::port::{self, PortError};
 use super::host::proxy::{DRAIN_LIMIT, OldWorkers, ProxyError, VirtualHost};
-use super::host::records::{AttemptRecord, Outcome, ProcessRecord, RecordedFailure};
+use super::host::records::{
+    AttemptRecord, KeptRecord, Outcome, ProcessRecord, RECORD_VERSION, RecordedFailure,
+};
 use super::host::seal::{self, SealError};
 use super::host::store::{AppFolder, LOG_TAIL_BYTES, StoreError};
 use super::host::systemd::SystemdError;
@@ -249,7 +251,13 @@ impl Apply<'_> {
             Step::RemoveFiles { keep_state } => {
                 node.users.remove_app(&folder)?;
                 node.mirrors.release(app).await?;
-                if *keep_state {
+                if *keep_state && folder.has_state()? {
+                    let applied = &self.observed.applied;
+                    folder.write_kept(&KeptRecord {
+                        version: RECORD_VERSION,
+                        deployment_uid: applied.as_ref().and_then(|a| a.deployment_uid.clone()),
+                        since: self.observed.wall,
+                    })?;
                     folder.remove_all_but_state()?;
                 } else {
                     folder.remove()?;
@@ -264,6 +272,15 @@ impl Apply<'_> {
                     written,
                     ..Default::default()
                 };
+            }
+            Step::TakeState { keep } => {
+                if !keep {
+                    tracing::warn!(%app, "another Deployment of this name left state here: it is deleted");
+                    folder.remove_state()?;
+                    node.trash.notify_one();
+                }
+                folder.remove_kept()?;
+                folder.create()?;
             }
         }
         Ok(())
@@ -687,6 +704,7 @@ impl Step {
             Self::WriteTarget { .. } => "WriteTarget",
             Self::RemoveTarget => "RemoveTarget",
             Self::RemoveFiles { .. } => "RemoveFiles",
+            Self::TakeState { .. } => "TakeState",
         }
     }
 

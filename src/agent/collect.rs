@@ -120,6 +120,7 @@ mod tests {
                 available_since: Timestamp::UNIX_EPOCH,
             }),
             removing: None,
+            orphaned: None,
         }
     }
 

@@ -64,6 +64,10 @@ pub struct Node {
     pub claims: Mutex<BTreeMap<AppName, Vec<HostName>>>,
     /// Something lies in the trash.
     pub trash: Notify,
+    /// The Releases have changed, and with them perhaps which apps are held without one.
+    pub held: Notify,
+    /// Apps that root on the node wants away, and that no Release held when that was asked.
+    pub unwanted: Mutex<BTreeSet<AppName>>,
     memories: Mutex<HashMap<AppName, Arc<Mutex<Memory>>>>,
 }
 
@@ -101,6 +105,8 @@ impl Node {
             choosing: tokio::sync::Mutex::new(()),
             claims: Mutex::new(BTreeMap::new()),
             trash: Notify::new(),
+            held: Notify::new(),
+            unwanted: Mutex::default(),
             memories: Mutex::new(HashMap::new()),
         }
     }
@@ -134,6 +140,7 @@ impl Node {
     pub fn wanted(&self, app: &AppName) -> Wanted {
         match self.release(app) {
             Some(release) => wanted(&release),
+            None if lock(&self.unwanted).contains(app) => Wanted::Removal { keep_state: false },
             None if self.listed.load(Ordering::Relaxed) => Wanted::Absent,
             None => Wanted::Unknown,
         }

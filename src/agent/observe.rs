@@ -112,7 +112,8 @@ pub async fn observe(node: &Arc<Node>, app: &AppName) -> Result<Observed, Observ
         drain,
         conflicts,
         disk_pressure,
-        has_files: folder.path().exists(),
+        has_files: folder.holds_more_than_state()?,
+        kept_state: folder.read_kept()?,
     };
     Ok(Observed {
         app: app.clone(),
@@ -136,6 +137,7 @@ fn wish_key(wanted: &Wanted) -> String {
             failure,
         } => format!("{release_id} {}", failure.message),
         Wanted::Removal { .. } => "removal".to_owned(),
+        Wanted::Orphan => "orphan".to_owned(),
     }
 }
 

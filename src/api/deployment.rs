@@ -67,9 +67,23 @@ pub struct DeploymentSpec {
     #[serde(default = "default_revision_history_limit")]
     #[schemars(range(min = 1, max = 50))]
     pub revision_history_limit: u32,
-    /// Start nothing new: nodes finish what they were told and keep running.
+    /// What becomes of the app on its nodes when this object is deleted.
+    #[serde(default)]
+    pub deletion_policy: DeletionPolicy,
+    /// Start nothing new and remove nothing: nodes finish what they were told and keep running.
     #[serde(default)]
     pub suspend: bool,
+}
+
+/// What becomes of an app on its nodes when its Deployment is deleted.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq, JsonSchema)]
+pub enum DeletionPolicy {
+    /// It is stopped and taken away, its state too.
+    #[default]
+    Delete,
+    /// It stays as it is and is kept running, and a Deployment of the same name takes it on without
+    /// a restart.
+    Orphan,
 }
 
 fn default_keep_releases() -> u32 {

@@ -62,6 +62,7 @@ pub fn render(spec: &DeploymentSpec, source: &GitSource) -> Template {
         switch: switch.unwrap_or_else(|| default_switch(&spec.processes)),
         min_ready_seconds,
         keep_releases: spec.keep_releases,
+        deletion_policy: spec.deletion_policy,
     }
 }
 
@@ -117,6 +118,7 @@ fn content(data: &RevisionData) -> Vec<u8> {
         switch: _,
         min_ready_seconds: _,
         keep_releases: _,
+        deletion_policy: _,
     } = template;
     let value = json!({
         "commit": commit,

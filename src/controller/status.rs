@@ -195,7 +195,9 @@ fn verdict(facts: &Facts<'_>) -> Verdict {
             reconciling: false,
             stalled: false,
             reason: Reason::Suspended,
-            message: format!("{served}; spec.suspend is set, so nothing new is started"),
+            message: format!(
+                "{served}; spec.suspend is set, so nothing new is started, and nothing is removed from nodes that match no more"
+            ),
         };
     }
     if facts.all_serve() {

@@ -1,7 +1,9 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::api::deployment::DeletionPolicy;
 use crate::api::reasons::Reason;
+use crate::api::release::OnDelete;
 use crate::controller::observed::{Presence, Reach};
 use crate::controller::testing::World;
 
@@ -397,6 +399,12 @@ fn a_node_that_leaves_the_placement_is_taken_off_and_may_come_back() {
     let mut world = World::deployed(2);
     world.node("n2").presence = there(false, false, false);
     world.reconcile();
+    assert_eq!(world.release("n2").spec.on_delete, OnDelete::KeepState);
+    assert!(
+        !world.release("n2").deleting,
+        "what the delete is for stands before it"
+    );
+    world.reconcile();
     assert!(world.release("n2").deleting);
     assert_eq!(world.ready().0, "True/Deployed");
     world.node("n2").presence = there(true, false, false);
@@ -408,6 +416,43 @@ fn a_node_that_leaves_the_placement_is_taken_off_and_may_come_back() {
     world.agent_reads("n2");
     world.reconcile();
     assert_eq!(world.told(), ["a", "a"]);
+    assert_eq!(world.release("n2").spec.on_delete, OnDelete::FollowPolicy);
+}
+
+#[test]
+fn a_node_that_comes_back_before_its_release_is_deleted_forgets_why_it_was_to_be() {
+    let mut world = World::deployed(2);
+    world.node("n2").presence = there(false, false, false);
+    world.reconcile();
+    world.node("n2").presence = there(true, false, false);
+    world.reconcile();
+    let release = world.release("n2");
+    assert!(!release.deleting);
+    assert_eq!(release.spec.on_delete, OnDelete::FollowPolicy);
+    assert_eq!(world.active(), [""; 0], "no slot is needed for it");
+}
+
+#[test]
+fn what_a_delete_means_is_said_on_every_release_whatever_its_node_is_at() {
+    let mut world = World::deployed(4);
+    world.node("n1").presence = there(true, false, true);
+    world.node("n2").reach = Reach::Stale;
+    world.push('b');
+    world.reconcile();
+    world.agent_fails("n3", Reason::BuildFailed);
+    world.reconcile();
+    world.spec().suspend = true;
+    world.spec().deletion_policy = DeletionPolicy::Orphan;
+    world.reconcile();
+    for node in ["n1", "n2", "n3", "n4"] {
+        let spec = &world.release(node).spec;
+        assert_eq!(
+            spec.template.deletion_policy,
+            DeletionPolicy::Orphan,
+            "{node}"
+        );
+    }
+    assert_eq!(world.told(), ["a", "a", "b", "a"], "and nothing else");
 }
 
 #[test]
@@ -417,6 +462,8 @@ fn the_release_of_a_node_that_is_gone_is_removed_and_its_slot_freed() {
     world.reconcile();
     world.node("n1").presence = Presence::Gone;
     world.node("n1").reach = Reach::Stale;
+    world.reconcile();
+    assert_eq!(world.release("n1").spec.on_delete, OnDelete::Orphan);
     world.reconcile();
     assert!(world.release("n1").deleting);
     assert_eq!(world.active(), ["n2"]);

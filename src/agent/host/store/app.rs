@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use super::{Store, StoreError, durable};
 use crate::agent::host::records::{
-    self, AppliedRecord, AttemptRecord, BuildKey, EnvDigest, Record, ReleaseRecord, UsersRecord,
+    self, AppliedRecord, AttemptRecord, BuildKey, EnvDigest, KeptRecord, Record, ReleaseRecord,
+    UsersRecord,
 };
 use crate::api::names::{AppName, ReleaseId, RevisionName};
 
@@ -100,7 +101,42 @@ impl AppFolder {
         Ok(())
     }
 
+    /// Whether any process has state.
+    pub fn has_state(&self) -> Result<bool, StoreError> {
+        Ok(!durable::names_in(&self.path.join("state"))?.is_empty())
+    }
+
+    /// Takes the state of all processes away.
+    pub fn remove_state(&self) -> Result<(), StoreError> {
+        self.store.trash(&self.path.join("state"))
+    }
+
+    /// Whether there is more than what [`AppFolder::remove_all_but_state`] leaves beside `kept.json`.
+    pub fn holds_more_than_state(&self) -> Result<bool, StoreError> {
+        if !self.path.exists() {
+            return Ok(false);
+        }
+        let names = durable::names_in(&self.path)?;
+        let is_kept = names.iter().any(|name| name == "kept.json");
+        let of_state =
+            |name: &String| matches!(name.as_str(), "state" | "users.json" | "kept.json");
+        Ok(!is_kept || !names.iter().all(of_state))
+    }
+
     // ---- Records ----
+
+    /// `kept.json`.
+    pub fn read_kept(&self) -> Result<Option<KeptRecord>, StoreError> {
+        read_record(&self.path.join("kept.json"))
+    }
+    /// `kept.json`.
+    pub fn write_kept(&self, record: &KeptRecord) -> Result<(), StoreError> {
+        write_record(&self.path.join("kept.json"), record)
+    }
+    /// `kept.json`.
+    pub fn remove_kept(&self) -> Result<(), StoreError> {
+        durable::remove(&self.path.join("kept.json"))
+    }
 
     /// `applied.json`.
     pub fn read_applied(&self) -> Result<Option<AppliedRecord>, StoreError> {

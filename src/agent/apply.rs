@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::host::mirror::{MirrorError, MirrorState, SourceUrl, Want};
+use super::host::mirror::{MirrorError, MirrorState};
 use super::host::port::{self, PortError};
 use super::host::proxy::{DRAIN_LIMIT, OldWorkers, ProxyError, VirtualHost};
 use super::host::records::{
@@ -21,6 +21,7 @@ use super::node::{Node, lock, monotonic};
 use super::observe::target_text;
 use super::plan::{self, Step};
 use super::view::{Health, Observed};
+use super::wanted::source_want;
 use crate::api::deployment::Process;
 use crate::api::reasons::{Class, Reason};
 use crate::runtime::error_chain;
@@ -297,18 +298,12 @@ impl Apply<'_> {
     // ---- Build ------------------------------------------------------------
 
     fn want_commit(&self) -> Result<(), StepError> {
-        let source = &self.attempt()?.wish.template.source;
-        let commit = self.attempt()?.wish.commit.clone();
+        let applied = self.observed.applied.as_ref();
         self.require_tool("git")?;
-        let Ok(url) = SourceUrl::parse(&source.url) else {
+        let Some(want) = source_want(self.attempt()?, applied) else {
             return Err(StepError::Outdated(
                 "the url was valid when the wish was read",
             ));
-        };
-        let want = Want {
-            source: url,
-            reference: source.reference.clone(),
-            commit,
         };
         let memory = self.node.memory(&self.observed.app);
         self.node.mirrors.want(&self.observed.app, want.clone());
@@ -377,6 +372,7 @@ impl Apply<'_> {
             commit: &wish.commit,
             mirror: &mirror,
             stage: &stage,
+            submodules: wish.template.source.submodules,
             directory,
             build,
             caches: &caches,

@@ -213,7 +213,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
             watch::files(Arc::clone(&node), Path::new(UNIT_FOLDER)),
             mirrors.run(),
             guard::keep_node(Arc::clone(&node), annotate, systemd_version, KEEP_INTERVAL),
-            guard::watch_builds(Arc::clone(&node)),
+            guard::watch_disk(Arc::clone(&node)),
+            guard::collect_node(Arc::clone(&node)),
             guard::empty_trash(Arc::clone(&node)),
             control::listen(Arc::clone(&node)),
         )

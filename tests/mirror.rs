@@ -143,6 +143,7 @@ impl Node {
             submodules,
             directory: None,
             build: None,
+            caches: &[],
             env_file: None,
             user: &users.build.name,
             tool_path: TOOL_PATH,

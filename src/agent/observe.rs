@@ -77,11 +77,19 @@ pub async fn observe(node: &Arc<Node>, app: &AppName) -> Result<Observed, Observ
         let is_bound = rewind_base(attempt, applied.as_ref()).is_some();
         needs_tree.is_some() || (is_bound && attempt.processes.is_empty())
     });
-    let source = source(node, app, &memory, needs_source, applied.as_ref());
     let disk_pressure = match needs_tree {
         Some(_) => node.store.disk()?.shortage(&DiskReserve::DEFAULT),
         None => None,
     };
+    let may_fetch = disk_pressure.is_none();
+    let source = source(
+        node,
+        app,
+        &memory,
+        needs_source,
+        applied.as_ref(),
+        may_fetch,
+    );
     let is_held_up = lock(&memory)
         .held_up
         .as_ref()
@@ -257,6 +265,7 @@ fn source(
     memory: &Mutex<Memory>,
     attempt: Option<&AttemptRecord>,
     applied: Option<&AppliedRecord>,
+    may_fetch: bool,
 ) -> Option<SourceView> {
     let want = lock(memory).want.clone();
     let Some(attempt) = attempt else {
@@ -271,6 +280,12 @@ fn source(
     }
     let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
     Some(match node.mirrors.state(app)? {
+        // It would begin by itself.
+        MirrorState::Queued { .. } | MirrorState::Failed { .. } if !may_fetch => {
+            lock(memory).want = None;
+            node.mirrors.unwant(app);
+            return None;
+        }
         MirrorState::Ready { mirror: _ } => SourceView::Ready,
         MirrorState::Queued { position, of } => SourceView::Queued {
             position: number(position),

@@ -225,12 +225,7 @@ pub(super) fn start_build(observed: &Observed, attempt: &AttemptRecord) -> Next 
     }
     let host = &observed.host;
     if let Some(message) = &host.disk_pressure {
-        let mut next = Next::wait(Progress::HeldUp(
-            Phase::Building,
-            failure(Reason::DiskPressure, message.clone()),
-        ));
-        next.wake = Some(observed.now + PRESSURE_INTERVAL);
-        return next;
+        return pressed(observed, Phase::Building, message);
     }
     match host.slot {
         SlotView::Granted => Next::step(Step::StartBuild, Phase::Building, "the build starts"),
@@ -244,26 +239,35 @@ pub(super) fn start_build(observed: &Observed, attempt: &AttemptRecord) -> Next 
 
 /// Nothing when the mirror has the commit, and it will do.
 fn fetch(observed: &Observed, attempt: &AttemptRecord) -> Option<Next> {
-    match &observed.host.source {
-        None => Some(Next::step(
+    match (&observed.host.source, &observed.host.disk_pressure) {
+        (None, Some(message)) => Some(pressed(observed, Phase::Fetching, message)),
+        (None, None) => Some(Next::step(
             Step::WantCommit,
             Phase::Fetching,
             "the commit is being fetched",
         )),
-        Some(SourceView::Queued { position, of }) => Some(Next::wait(Progress::Queued {
+        (Some(SourceView::Queued { position, of }), _) => Some(Next::wait(Progress::Queued {
             position: *position,
             of: *of,
         })),
-        Some(SourceView::Fetching) => Some(Next::wait(Progress::At(
+        (Some(SourceView::Fetching), _) => Some(Next::wait(Progress::At(
             Phase::Fetching,
             format!("{} is being fetched", attempt.wish.commit.short()),
         ))),
-        Some(SourceView::Failed(failure)) => Some(Next::wait(Progress::HeldUp(
+        (Some(SourceView::Failed(failure)), _) => Some(Next::wait(Progress::HeldUp(
             Phase::Fetching,
             failure.clone(),
         ))),
-        Some(SourceView::Ready) => None,
+        (Some(SourceView::Ready), _) => None,
     }
+}
+
+/// Neither a fetch nor a build begins on a disk that lacks its reserve.
+fn pressed(observed: &Observed, phase: Phase, message: &str) -> Next {
+    let failure = failure(Reason::DiskPressure, message.to_owned());
+    let mut next = Next::wait(Progress::HeldUp(phase, failure));
+    next.wake = Some(observed.now + PRESSURE_INTERVAL);
+    next
 }
 
 /// How often a full disk is looked at again.

@@ -404,6 +404,13 @@ fn a_first_install_that_is_held_up_is_withdrawn() {
     world.agent_fails("n1", Reason::ToolMissing);
     world.pass(600);
     world.reconcile();
+    assert_eq!(
+        world.release("n1").spec.on_delete,
+        OnDelete::KeepState,
+        "state of an earlier stay is not lost"
+    );
+    assert!(!world.release("n1").deleting);
+    world.reconcile();
     assert!(world.release("n1").deleting);
     world.reconcile();
     assert_eq!(world.active(), ["n1"], "until it is gone");

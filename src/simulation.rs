@@ -167,7 +167,8 @@ impl Cluster {
         observed
     }
 
-    /// Nodes that are being changed as their own records say, or do not serve what they committed.
+    /// Nodes that are being changed and have neither recorded nor reported an end of it, or do not serve
+    /// what they committed.
     fn unavailable(&self) -> usize {
         let nodes = self.world.observed.nodes.iter().enumerate();
         nodes
@@ -189,7 +190,8 @@ impl Cluster {
                 let changes = node.matches()
                     && matches!(node.reach, Reach::Fresh | Reach::Unknown)
                     && self.agents[*n].host.serving() != Some(told)
-                    && !is_over;
+                    && !is_over
+                    && release.failed().is_none();
                 let broken = node.takes_part() && release.degraded();
                 ours && !release.deleting && (changes || broken)
             })

@@ -9,7 +9,7 @@
 
 mod support;
 
-use serde_json::{Value, json};
+use serde_json::json;
 use support::{DEPLOY_LIMIT, LIMIT, Space, app, folder, is, reason, until};
 
 const NODE: &str = "n1";
@@ -300,41 +300,4 @@ async fn a_placement_that_matches_no_node_says_so_and_leaving_it_takes_the_app_a
         }
     })
     .await;
-}
-
-#[tokio::test]
-async fn one_host_name_belongs_to_one_deployment_of_a_node() {
-    let space = space("host").await;
-    let files = folder(&app::files("first"));
-    let repository = space.push("shop", files.path());
-    space
-        .apply(&app::manifest("first", &repository.url, "host.example.com"))
-        .await;
-    space.ready_at("first", &repository.commit).await;
-    let mut manifest = app::manifest("second", &repository.url, "host.example.com");
-    manifest["spec"]["env"] = json!([{"name": "MESSAGE", "value": "second"}]);
-    space.apply(&manifest).await;
-    let told = space
-        .release_until("second", NODE, "told of the conflict", LIMIT, |r| {
-            r.status
-                .as_ref()
-                .and_then(|s| s.attempt.as_ref())
-                .and_then(|a| a.failure.as_ref())
-                .is_some_and(|f| f.reason == "RouteConflict")
-        })
-        .await;
-    let message = told
-        .status
-        .and_then(|s| s.attempt)
-        .and_then(|a| a.failure)
-        .expect("a failure")
-        .message;
-    assert!(
-        message.contains("host.example.com") && message.contains("first"),
-        "{message}"
-    );
-    assert_eq!(
-        space.get(NODE, "host.example.com").await,
-        Ok((200, "first".into()))
-    );
 }

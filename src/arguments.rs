@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::api::names::AppName;
 use crate::telemetry::LogFormat;
 
 /// Deploys git repositories onto Linux nodes as native systemd services.
@@ -39,7 +40,7 @@ pub enum Command {
     /// Decide which node runs which revision; one for each cluster, replicas elect a leader.
     Controller(ControllerArguments),
     /// Fetch, build and run what the controller decided, on this node; needs root.
-    Agent(AgentArguments),
+    Agent(AgentCommand),
     /// Print the custom resource definitions as YAML.
     Crd,
 }
@@ -65,7 +66,46 @@ pub struct ControllerArguments {
     pub source_slots: NonZeroU16,
 }
 
-/// `kari agent`. The API server is found as kubectl finds it: KUBECONFIG, or
+/// `kari agent`, and what can be asked of an agent that runs.
+#[derive(Clone, Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct AgentCommand {
+    /// What is asked of the agent that runs on this node.
+    #[command(subcommand)]
+    pub request: Option<AgentRequest>,
+    /// How to run an agent.
+    #[command(flatten)]
+    pub run: Option<AgentArguments>,
+}
+
+/// What can be asked of the agent that runs on this node.
+#[derive(Clone, Debug, Subcommand)]
+pub enum AgentRequest {
+    /// Take an app that no Release holds off this node, its state too; needs root.
+    Remove {
+        /// The app, by the namespace and the name of its Deployment.
+        #[arg(value_name = "NAMESPACE/NAME")]
+        app: HeldApp,
+    },
+}
+
+/// An app, written `namespace/name`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldApp(pub AppName);
+
+impl FromStr for HeldApp {
+    type Err = ArgumentError;
+
+    fn from_str(text: &str) -> Result<Self, ArgumentError> {
+        let app = text
+            .split_once('/')
+            .and_then(|(namespace, name)| AppName::new(namespace, name).ok());
+        app.map(Self)
+            .ok_or_else(|| ArgumentError::NoApp(text.to_owned()))
+    }
+}
+
+/// How an agent runs. The API server is found as kubectl finds it: KUBECONFIG, or
 /// the pod's service account.
 #[derive(Clone, Debug, Args)]
 pub struct AgentArguments {
@@ -151,6 +191,9 @@ pub enum ArgumentError {
         "{0:?} is not an absolute folder; give absolute folders separated by colons, such as /usr/local/bin:/usr/bin"
     )]
     RelativeFolder(String),
+    /// Not the name of an app.
+    #[error("{0:?} names no app; give its namespace and name joined by a slash, such as web/shop")]
+    NoApp(String),
     /// Not two numbers.
     #[error("give the first and the last number joined by a hyphen, such as {0}")]
     NoRange(&'static str),
@@ -264,7 +307,11 @@ mod tests {
     fn an_agent_needs_a_name_and_has_defaults_for_the_rest() {
         assert!(Arguments::try_parse_from(["kari", "agent"]).is_err());
         let arguments = Arguments::try_parse_from(["kari", "agent", "--node-name", "n1"]).unwrap();
-        let Command::Agent(agent) = arguments.command else {
+        let Command::Agent(AgentCommand {
+            request: None,
+            run: Some(agent),
+        }) = arguments.command
+        else {
             panic!("not the agent")
         };
         assert_eq!(agent.node_name, "n1");
@@ -286,6 +333,22 @@ mod tests {
                 last: 29999
             }
         );
+    }
+
+    #[test]
+    fn a_request_to_an_agent_needs_no_name_of_its_node() {
+        let arguments = Arguments::try_parse_from(["kari", "agent", "remove", "web/shop"]).unwrap();
+        let Command::Agent(AgentCommand {
+            request: Some(AgentRequest::Remove { app }),
+            run: None,
+        }) = arguments.command
+        else {
+            panic!("not a request: {:?}", arguments.command)
+        };
+        assert_eq!(app.0.to_string(), "web.shop");
+        for bad in ["shop", "web.shop", "web/", "/shop", "web/Shop", "a/b/c"] {
+            assert!(bad.parse::<HeldApp>().is_err(), "{bad:?}");
+        }
     }
 
     #[test]

@@ -5,7 +5,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use kari::api::names::NodeName;
-use kari::arguments::{AgentArguments, Arguments, Command, ControllerArguments};
+use kari::arguments::{
+    AgentArguments, AgentCommand, AgentRequest, Arguments, Command, ControllerArguments,
+};
 use kari::runtime::{client, error_chain, shutdown};
 use kari::{agent, api, controller, telemetry};
 
@@ -22,8 +24,13 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> Result<(), Failure> {
-    if let Command::Crd = arguments.command {
-        return print_definitions();
+    match &arguments.command {
+        Command::Crd => return print_definitions(),
+        Command::Agent(AgentCommand {
+            request: Some(request),
+            run: _,
+        }) => return ask_agent(request),
+        Command::Agent(_) | Command::Controller(_) => {}
     }
     let filter = std::env::var("RUST_LOG")
         .ok()
@@ -39,12 +46,15 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
     runtime.block_on(async {
         let shutdown = shutdown::on_signals()?;
         match arguments.command {
-            Command::Crd => Ok(()),
+            Command::Crd | Command::Agent(AgentCommand { run: None, .. }) => Ok(()),
             Command::Controller(arguments) => {
                 let client = client::infer().await?;
                 Ok(controller::run(controller_config(arguments, client), shutdown).await?)
             }
-            Command::Agent(arguments) => {
+            Command::Agent(AgentCommand {
+                run: Some(arguments),
+                ..
+            }) => {
                 let client = client::infer().await?;
                 Ok(agent::run(agent_config(arguments, client), shutdown).await?)
             }
@@ -91,6 +101,19 @@ fn agent_config(arguments: AgentArguments, client: kube::Config) -> agent::Confi
         build_slots: usize::from(build_slots.get()),
         uid_range: uid_range.first..=uid_range.last,
         port_range: port_range.first..=port_range.last,
+    }
+}
+
+fn ask_agent(request: &AgentRequest) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    match request {
+        AgentRequest::Remove { app } => {
+            let done = runtime.block_on(agent::control::remove(&app.0))?;
+            writeln!(std::io::stdout().lock(), "{done}")?;
+            Ok(())
+        }
     }
 }
 

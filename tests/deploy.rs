@@ -178,6 +178,68 @@ async fn a_change_of_the_environment_alone_does_not_build_again() {
 }
 
 #[tokio::test]
+async fn a_cache_directory_is_kept_for_the_next_build_of_the_same_deployment_and_is_not_in_the_tree()
+ {
+    let space = space("cache").await;
+    let files = folder(&[("shop/server.py", app::SERVER), ("shop/message", "")]);
+    let repository = space.push("shop", files.path());
+    // Counts the builds that it knows of; the second cache holds what a hostile build may put there.
+    let build = "n=$(cat .cache/count || echo 0); echo $((n + 1)) | tee .cache/count > message; \
+        ln -sfn /etc/hostname target/deep/link; ln .cache/count hard 2>&1 || :";
+    let with_caches = |name: &str| {
+        let host = format!("{name}.cache.example.com");
+        let mut manifest = app::with_build(app::manifest(name, &repository.url, &host), build);
+        manifest["spec"]["source"]["git"]["directory"] = json!("shop");
+        manifest["spec"]["build"]["cacheDirectories"] = json!([".cache", "target/deep"]);
+        manifest
+    };
+    space.apply(&with_caches("shop")).await;
+    space.ready_at("shop", &repository.commit).await;
+    assert_eq!(served(&space, "shop").await, Ok((200, "1\n".into())));
+
+    support::write(files.path(), &[("shop/other", "a change")]);
+    let second = space.push("shop", files.path());
+    space.apply(&with_caches("blog")).await;
+    space.request_look("shop").await;
+    space.ready_at("shop", &second.commit).await;
+    space.ready_at("blog", &second.commit).await;
+    assert_eq!(
+        served(&space, "shop").await,
+        Ok((200, "2\n".into())),
+        "the first build's cache was there"
+    );
+    assert_eq!(
+        served(&space, "blog").await,
+        Ok((200, "1\n".into())),
+        "another Deployment's was not"
+    );
+    let found = format!(
+        "cd /var/lib/kari/apps/{}.shop && find builds/*/shop -path '*cache*' -o -path '*target*' -o -name hard | sed 's|^[^/]*/[^/]*/||' | sort -u",
+        space.namespace
+    );
+    let found = space.on(NODE, &["sh", "-c", &found]).await;
+    assert_eq!(
+        found, "shop/.cache\nshop/target\nshop/target/deep",
+        "the tree"
+    );
+
+    let mut lost = with_caches("lost");
+    lost["spec"]["source"]["git"]["directory"] = json!("blog");
+    space.apply(&lost).await;
+    space
+        .deployment_until("lost", "Stalled for its directory", LIMIT, |d| {
+            d.status
+                .as_ref()
+                .is_some_and(|s| reason(&s.conditions, "Stalled") == "DirectoryNotFound")
+        })
+        .await;
+}
+
+async fn served(space: &Space, name: &str) -> Result<(u16, String), String> {
+    space.get(NODE, &format!("{name}.cache.example.com")).await
+}
+
+#[tokio::test]
 async fn a_suspended_deployment_starts_nothing_until_it_is_resumed() {
     let space = space("suspend").await;
     let files = folder(&app::files("one"));

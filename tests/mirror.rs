@@ -326,6 +326,7 @@ async fn a_build_checks_out_of_the_mirror_that_another_user_owns() {
         stage: &stage,
         directory: None,
         build: None,
+        caches: &[],
         env_file: None,
         user: &users.build.name,
         tool_path: TOOL_PATH,

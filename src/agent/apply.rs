@@ -1,13 +1,16 @@
 //! Does what was planned: small steps, each safe to do twice.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::host::mirror::{MirrorError, MirrorState, SourceUrl, Want};
 use super::host::port::{self, PortError};
 use super::host::proxy::{DRAIN_LIMIT, OldWorkers, ProxyError, VirtualHost};
-use super::host::records::{AttemptRecord, Outcome, ProcessRecord, RecordedFailure};
+use super::host::records::{
+    AttemptRecord, KeptRecord, Outcome, ProcessRecord, RECORD_VERSION, RecordedFailure,
+};
 use super::host::seal::{self, SealError};
 use super::host::store::{AppFolder, LOG_TAIL_BYTES, StoreError};
 use super::host::systemd::SystemdError;
@@ -193,7 +196,6 @@ impl Apply<'_> {
                 // Killed in either case: what a build left running has nothing to save.
                 let _ = node.systemd.kill_unit(unit, SIGKILL).await;
                 node.systemd.stop_unit(unit, STEP_STOP_LIMIT).await?;
-                node.wake_waiting();
                 node.trash.notify_one();
             }
             Step::Seal => {
@@ -249,12 +251,19 @@ impl Apply<'_> {
             Step::RemoveFiles { keep_state } => {
                 node.users.remove_app(&folder)?;
                 node.mirrors.release(app).await?;
-                if *keep_state {
+                if *keep_state && folder.has_state()? {
+                    let applied = &self.observed.applied;
+                    folder.write_kept(&KeptRecord {
+                        version: RECORD_VERSION,
+                        deployment_uid: applied.as_ref().and_then(|a| a.deployment_uid.clone()),
+                        since: self.observed.wall,
+                    })?;
                     folder.remove_all_but_state()?;
                 } else {
                     folder.remove()?;
                 }
                 node.trash.notify_one();
+                node.held.notify_one();
                 node.withdraw(app);
                 lock(&node.claims).remove(app);
                 let mut memory = lock(&memory);
@@ -264,6 +273,15 @@ impl Apply<'_> {
                     written,
                     ..Default::default()
                 };
+            }
+            Step::TakeState { keep } => {
+                if !keep {
+                    tracing::warn!(%app, "another Deployment of this name left state here: it is deleted");
+                    folder.remove_state()?;
+                    node.trash.notify_one();
+                }
+                folder.remove_kept()?;
+                folder.create()?;
             }
         }
         Ok(())
@@ -338,9 +356,18 @@ impl Apply<'_> {
         };
         let build = wish.template.build.as_ref();
         let users = self.users(folder).await?;
-        let script = build.map(unit::build_script).transpose()?;
+        let directory = wish.template.source.directory.as_deref();
+        let caches = self.open_caches(folder, users.build.uid).await?;
+        let mut script = build.map(unit::build_script).transpose()?;
+        if let Some(script) = script.as_mut().filter(|_| !caches.is_empty()) {
+            let check = unit::directory_check(&wish.commit, directory, &node.tool_path)?;
+            script.insert_str(0, &check);
+        }
         let stage =
             folder.create_stage(build_key, *build_try, users.build.uid, script.as_deref())?;
+        for (_, place) in &caches {
+            stage.create_folder(place, users.build.uid)?;
+        }
         let env_file = match build {
             Some(build) => Some(folder.write_env(&unit::build_environment(build)?)?.1),
             None => None,
@@ -350,8 +377,9 @@ impl Apply<'_> {
             commit: &wish.commit,
             mirror: &mirror,
             stage: &stage,
-            directory: wish.template.source.directory.as_deref(),
+            directory,
             build,
+            caches: &caches,
             env_file: env_file.as_deref(),
             user: &users.build.name,
             tool_path: &node.tool_path,
@@ -361,6 +389,30 @@ impl Apply<'_> {
         let name = unit::build_unit_name(&self.observed.app, &wish.release_id, *build_try);
         node.systemd.start_transient(&name, &settings).await?;
         Ok(())
+    }
+
+    /// The caches of the attempt's build: where they are on the node and in the tree.
+    async fn open_caches(
+        &self,
+        folder: &AppFolder,
+        uid: u32,
+    ) -> Result<Vec<(PathBuf, PathBuf)>, StepError> {
+        let wish = &self.attempt()?.wish;
+        let mut caches = vec![];
+        let build = wish.template.build.iter();
+        for directory in build.flat_map(|build| &build.cache_directories) {
+            let (of, name) = (folder.clone(), directory.clone());
+            let cache = blocking(move || of.open_cache(&name, uid)).await?;
+            if let Some(why) = cache.emptied {
+                let line = format!("the cache directory {directory} was emptied: {why}");
+                tracing::info!(app = %self.observed.app, "{line}");
+                folder.append_log(&wish.release_id, BUILD_STEP, &line)?;
+                self.node.trash.notify_one();
+            }
+            let source_directory = wish.template.source.directory.as_deref();
+            caches.push((cache.path, unit::cache_place(source_directory, directory)));
+        }
+        Ok(caches)
     }
 
     async fn users(&self, folder: &AppFolder) -> Result<AppUsers, StepError> {
@@ -687,6 +739,7 @@ impl Step {
             Self::WriteTarget { .. } => "WriteTarget",
             Self::RemoveTarget => "RemoveTarget",
             Self::RemoveFiles { .. } => "RemoveFiles",
+            Self::TakeState { .. } => "TakeState",
         }
     }
 

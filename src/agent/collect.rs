@@ -4,8 +4,9 @@
 use std::collections::BTreeSet;
 
 use super::host::records::{AppliedRecord, AttemptRecord, EnvDigest, ReleaseRecord};
-use super::host::store::{AppFolder, References, StoreError, garbage};
+use super::host::store::{AppFolder, References, StoreError, cache_name, garbage};
 use super::host::unit;
+use crate::api::release::Template;
 
 /// What is in use: by what is committed, by what is tried, and by what can be gone back to.
 pub fn references(
@@ -19,6 +20,7 @@ pub fn references(
         references.builds.insert(release.build_key.clone());
         references.releases.insert(release.revision.clone());
         references.logs.insert(release.release_id);
+        references.caches.extend(caches(&release.template));
         references.env.extend(
             release
                 .processes
@@ -31,6 +33,7 @@ pub fn references(
         keep = attempt.wish.template.keep_releases;
         retained.extend(&attempt.wish.retain);
         references.logs.insert(attempt.wish.release_id);
+        references.caches.extend(caches(&attempt.wish.template));
         references.env.extend(
             attempt
                 .processes
@@ -66,6 +69,12 @@ pub fn references(
         }
     }
     references
+}
+
+/// The names of the caches that a template's build has.
+fn caches(template: &Template) -> impl Iterator<Item = String> {
+    let build = template.build.iter();
+    build.flat_map(|build| build.cache_directories.iter().map(|path| cache_name(path)))
 }
 
 /// Moves what nothing refers to into the trash. How many things that were.
@@ -120,6 +129,7 @@ mod tests {
                 available_since: Timestamp::UNIX_EPOCH,
             }),
             removing: None,
+            orphaned: None,
         }
     }
 

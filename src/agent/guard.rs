@@ -44,31 +44,47 @@ pub async fn keep_node(
                 message
             }
         };
-        let limits: Vec<String> = node
-            .limits
-            .by_name()
-            .iter()
-            .map(|(name, proven)| format!("{name}={proven}"))
-            .collect();
-        let annotations = BTreeMap::from([
-            (
-                "kari.dev/version".to_owned(),
-                env!("CARGO_PKG_VERSION").to_owned(),
-            ),
-            ("kari.dev/systemd".to_owned(), systemd_version.clone()),
-            ("kari.dev/proxy".to_owned(), proxy),
-            ("kari.dev/limits".to_owned(), limits.join(",")),
-            ("kari.dev/held-apps".to_owned(), held_apps(&node).join(",")),
-        ]);
-        annotate.send_if_modified(|told| {
-            let differs = *told != annotations;
-            if differs {
-                *told = annotations;
+        let again = tokio::time::Instant::now() + interval;
+        loop {
+            tell(&node, &annotate, &systemd_version, &proxy);
+            tokio::select! {
+                () = tokio::time::sleep_until(again) => break,
+                () = node.held.notified() => {}
             }
-            differs
-        });
-        tokio::time::sleep(interval).await;
+        }
     }
+}
+
+/// What the node's Lease says of it besides that the agent is there.
+fn tell(
+    node: &Node,
+    annotate: &latest::Sender<BTreeMap<String, String>>,
+    systemd_version: &str,
+    proxy: &str,
+) {
+    let limits: Vec<String> = node
+        .limits
+        .by_name()
+        .iter()
+        .map(|(name, proven)| format!("{name}={proven}"))
+        .collect();
+    let annotations = BTreeMap::from([
+        (
+            "kari.dev/version".to_owned(),
+            env!("CARGO_PKG_VERSION").to_owned(),
+        ),
+        ("kari.dev/systemd".to_owned(), systemd_version.to_owned()),
+        ("kari.dev/proxy".to_owned(), proxy.to_owned()),
+        ("kari.dev/limits".to_owned(), limits.join(",")),
+        ("kari.dev/held-apps".to_owned(), held_apps(node).join(",")),
+    ]);
+    annotate.send_if_modified(|told| {
+        let differs = *told != annotations;
+        if differs {
+            *told = annotations;
+        }
+        differs
+    });
 }
 
 /// Deletes what lies in the trash, in a thread of its own.
@@ -129,7 +145,7 @@ async fn running_builds(node: &Node) -> Vec<(AppName, ReleaseId, UnitState)> {
     let mut builds = vec![];
     for listed in node
         .systemd
-        .list_units(&["kari-build.*"])
+        .list_units(&[unit::BUILD_PATTERN])
         .await
         .unwrap_or_default()
     {

@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use kube::core::DeserializeGuard;
 use kube::runtime::reflector::{ObjectRef, Store as Reflected};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 use super::host::limits::Limits;
 use super::host::mirror::Mirrors;
+use super::host::probe::exec::EXEC_SLOTS;
 use super::host::proxy::{HostName, Proxy};
 use super::host::store::{Store, UnitFiles};
 use super::host::systemd::Systemd;
@@ -58,12 +59,18 @@ pub struct Node {
     pub client: kube::Client,
     /// The build slots.
     pub slots: Mutex<Slots>,
+    /// Commands of probes that may run.
+    pub probe_slots: Semaphore,
     /// One choice of ports at a time.
     pub choosing: tokio::sync::Mutex<()>,
     /// Hosts that apps have claimed and may not have published yet.
     pub claims: Mutex<BTreeMap<AppName, Vec<HostName>>>,
     /// Something lies in the trash.
     pub trash: Notify,
+    /// The Releases have changed, and with them perhaps which apps are held without one.
+    pub held: Notify,
+    /// Apps that root on the node wants away, and that no Release held when that was asked.
+    pub unwanted: Mutex<BTreeSet<AppName>>,
     memories: Mutex<HashMap<AppName, Arc<Mutex<Memory>>>>,
 }
 
@@ -98,9 +105,12 @@ impl Node {
             listed: AtomicBool::new(false),
             client,
             slots: Mutex::new(Slots::new(build_slots)),
+            probe_slots: Semaphore::new(EXEC_SLOTS),
             choosing: tokio::sync::Mutex::new(()),
             claims: Mutex::new(BTreeMap::new()),
             trash: Notify::new(),
+            held: Notify::new(),
+            unwanted: Mutex::default(),
             memories: Mutex::new(HashMap::new()),
         }
     }
@@ -134,6 +144,7 @@ impl Node {
     pub fn wanted(&self, app: &AppName) -> Wanted {
         match self.release(app) {
             Some(release) => wanted(&release),
+            None if lock(&self.unwanted).contains(app) => Wanted::Removal { keep_state: false },
             None if self.listed.load(Ordering::Relaxed) => Wanted::Absent,
             None => Wanted::Unknown,
         }
@@ -161,15 +172,8 @@ impl Node {
 
     /// The app wants no build slot any more.
     pub fn withdraw(&self, app: &AppName) {
-        if lock(&self.slots).withdraw(app) {
-            self.wake_waiting();
-        }
-    }
-
-    /// Those who wait for a build slot look again: one may be free.
-    pub fn wake_waiting(&self) {
-        let waiting = lock(&self.slots).order();
-        for app in waiting {
+        let wake = lock(&self.slots).withdraw(app);
+        for app in wake {
             self.trigger.wake(app);
         }
     }

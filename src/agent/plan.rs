@@ -118,6 +118,11 @@ pub enum Step {
         /// Whether `state/` stays.
         keep_state: bool,
     },
+    /// Gives the state that a removal kept to the attempt, or moves it to the trash.
+    TakeState {
+        /// Whether it was this Deployment that wrote it.
+        keep: bool,
+    },
 }
 
 /// Where the attempt is.
@@ -156,8 +161,12 @@ pub fn plan(observed: &Observed) -> Plan {
     if let Some(plan) = removal::plan(observed) {
         return plan;
     }
+    if let Some(plan) = take_state(observed) {
+        return plan;
+    }
     let Some(attempt) = &observed.attempt else {
         return match &observed.wanted {
+            Wanted::Orphan => removal::leave(observed),
             Wanted::Release(wish) => begin(observed, wish),
             Wanted::Invalid {
                 release_id: _,
@@ -170,6 +179,9 @@ pub fn plan(observed: &Observed) -> Plan {
     };
     if let Some(plan) = complete_commit(observed, attempt) {
         return plan;
+    }
+    if observed.wanted == Wanted::Orphan {
+        return removal::orphan(observed, attempt);
     }
 
     let newer = match &observed.wanted {
@@ -190,7 +202,8 @@ pub fn plan(observed: &Observed) -> Plan {
         | Wanted::Invalid { .. }
         | Wanted::Unknown
         | Wanted::Absent
-        | Wanted::Removal { .. } => Newer::Nothing,
+        | Wanted::Removal { .. }
+        | Wanted::Orphan => Newer::Nothing,
     };
     match (&attempt.outcome, newer) {
         (None, Newer::Nothing) => advance(observed, attempt),
@@ -223,9 +236,11 @@ pub fn plan(observed: &Observed) -> Plan {
         (Some(Outcome::Superseded { .. }), Newer::Nothing) => match &observed.wanted {
             // The wish came back to the one that was taken back: it is tried anew.
             Wanted::Release(wish) => begin(observed, wish),
-            Wanted::Invalid { .. } | Wanted::Unknown | Wanted::Absent | Wanted::Removal { .. } => {
-                held(observed, Progress::Idle)
-            }
+            Wanted::Invalid { .. }
+            | Wanted::Unknown
+            | Wanted::Absent
+            | Wanted::Removal { .. }
+            | Wanted::Orphan => held(observed, Progress::Idle),
         },
     }
 }
@@ -268,6 +283,20 @@ fn begin(observed: &Observed, wish: &Wish) -> Plan {
         Step::WriteAttempt(Box::new(attempt)),
         Progress::At(Phase::Pending, "the wish is written down".to_owned()),
     )
+}
+
+/// State that a removal kept goes to the Deployment that wrote it, and to no other of its name.
+fn take_state(observed: &Observed) -> Option<Plan> {
+    let kept = observed.host.kept_state.as_ref()?;
+    let attempt = observed.attempt.as_ref()?;
+    let keep = kept.deployment_uid == attempt.wish.deployment_uid;
+    Some(just(
+        Step::TakeState { keep },
+        Progress::At(
+            Phase::Pending,
+            "the state of before is looked at".to_owned(),
+        ),
+    ))
 }
 
 /// The target names the attempt's units: it is committed, whatever the records say so far.
@@ -316,6 +345,7 @@ fn record_commit(observed: &Observed, attempt: &AttemptRecord) -> Vec<Step> {
             deployment_uid: wish.deployment_uid.clone(),
             release: Some(release),
             removing: None,
+            orphaned: None,
         })),
         Step::WriteAttempt(Box::new(AttemptRecord {
             stopped_old: vec![],

@@ -76,7 +76,14 @@ pub async fn reconcile(
     keep_traffic(&node, &app).await;
     let mut halted = None;
     for _ in 0..ROUNDS {
-        let observed = observe(&node, &app).await?;
+        let observed = match observe(&node, &app).await {
+            Ok(observed) => observed,
+            Err(error) => {
+                // Who cannot be looked at holds no place in front of others.
+                node.withdraw(&app);
+                return Err(error.into());
+            }
+        };
         let plan = plan(&observed);
         note_drift(&node, &observed, &plan);
         // What is being put right this very moment is told when that is done, or cannot be.

@@ -100,7 +100,7 @@ fn wanted_id(observed: &Observed) -> Option<ReleaseId> {
             release_id,
             failure: _,
         } => Some(*release_id),
-        Wanted::Unknown | Wanted::Absent | Wanted::Removal { .. } => None,
+        Wanted::Unknown | Wanted::Absent | Wanted::Removal { .. } | Wanted::Orphan => None,
     }
 }
 

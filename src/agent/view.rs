@@ -10,7 +10,7 @@ use jiff::Timestamp;
 
 use super::host::proxy::VirtualHost;
 use super::host::records::{
-    AppliedRecord, AttemptRecord, BuildKey, RecordedFailure, StepResult, Wish,
+    AppliedRecord, AttemptRecord, BuildKey, KeptRecord, RecordedFailure, StepResult, Wish,
 };
 use crate::api::names::{AppName, ReleaseId};
 
@@ -57,6 +57,8 @@ pub enum Wanted {
         /// Whether `state/` stays.
         keep_state: bool,
     },
+    /// A Release in deletion whose app stays as it is.
+    Orphan,
 }
 
 /// A failure of the surroundings.
@@ -97,8 +99,10 @@ pub struct HostView {
     pub conflicts: Vec<(String, AppName)>,
     /// What the disk lacks, for people; nothing when it has its reserve.
     pub disk_pressure: Option<String>,
-    /// Whether the app has a folder, users or a reference in a mirror.
+    /// Whether the app has a folder with more in it than state that was kept.
     pub has_files: bool,
+    /// The state that a removal kept.
+    pub kept_state: Option<KeptRecord>,
 }
 
 /// A service.

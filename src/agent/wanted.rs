@@ -11,9 +11,10 @@ use super::host::proxy::{HostName, RoutePath};
 use super::host::records::{RecordedFailure, Wish};
 use super::view::Wanted;
 use crate::api::Release;
+use crate::api::deployment::DeletionPolicy;
 use crate::api::names::{AppName, Commit, NodeName, ReleaseId, RevisionName, release_name};
 use crate::api::reasons::Reason;
-use crate::api::release::Template;
+use crate::api::release::{OnDelete, Template};
 
 /// The app that a Release on this node is about; nothing for one that is another node's or cannot be told.
 pub fn app_of(object: &DeserializeGuard<Release>, node: &NodeName) -> Option<AppName> {
@@ -37,7 +38,7 @@ pub fn app_of(object: &DeserializeGuard<Release>, node: &NodeName) -> Option<App
 /// What a Release wants.
 pub fn wanted(object: &DeserializeGuard<Release>) -> Wanted {
     if object.meta().deletion_timestamp.is_some() {
-        return Wanted::Removal { keep_state: false };
+        return farewell(object);
     }
     let release = match &object.0 {
         Ok(release) => release,
@@ -54,6 +55,22 @@ pub fn wanted(object: &DeserializeGuard<Release>) -> Wanted {
     match wish(release) {
         Ok(wish) => Wanted::Release(Box::new(wish)),
         Err(message) => invalid(release.spec.release_id, message),
+    }
+}
+
+/// What becomes of the app whose Release is deleted. Where the Release cannot be read nothing that could
+/// be missed is deleted.
+fn farewell(object: &DeserializeGuard<Release>) -> Wanted {
+    let Ok(release) = &object.0 else {
+        return Wanted::Removal { keep_state: true };
+    };
+    match (
+        release.spec.on_delete,
+        release.spec.template.deletion_policy,
+    ) {
+        (OnDelete::KeepState, _) => Wanted::Removal { keep_state: true },
+        (OnDelete::Orphan, _) | (OnDelete::FollowPolicy, DeletionPolicy::Orphan) => Wanted::Orphan,
+        (OnDelete::FollowPolicy, DeletionPolicy::Delete) => Wanted::Removal { keep_state: false },
     }
 }
 

@@ -30,6 +30,7 @@ pub async fn releases(node: Arc<Node>, stream: impl Stream<Item = DeserializeGua
     let listed = async {
         if node.releases.wait_until_ready().await.is_ok() {
             node.listed.store(true, Ordering::Relaxed);
+            node.held.notify_one();
             node.wake_all();
         }
     };
@@ -38,6 +39,7 @@ pub async fn releases(node: Arc<Node>, stream: impl Stream<Item = DeserializeGua
         while let Some(release) = stream.next().await {
             if let Some(app) = app_of(&release, &node.name) {
                 node.trigger.wake(app);
+                node.held.notify_one();
             }
         }
     };

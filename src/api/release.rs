@@ -14,7 +14,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::deployment::{Build, EnvVar, Process, Switch};
+use super::deployment::{Build, DeletionPolicy, EnvVar, Process, Switch};
 use super::names::ReleaseId;
 
 /// One Deployment on one node: what the controller wants there and what the node says of it.
@@ -94,6 +94,28 @@ pub struct ReleaseSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8), inner(length(max = 253)), extend("x-kubernetes-list-type" = "atomic"))]
     pub retain: Vec<String>,
+    /// What the node does when this object is deleted. Written before a delete of which the node could
+    /// not tell from the object what it is for; one by the garbage collector follows the Deployment.
+    #[serde(default, skip_serializing_if = "OnDelete::is_default")]
+    pub on_delete: OnDelete,
+}
+
+/// What a node does when its Release is deleted.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq, JsonSchema)]
+pub enum OnDelete {
+    /// What `template.deletionPolicy` says: the Deployment is deleted.
+    #[default]
+    FollowPolicy,
+    /// Take the app away and keep its state: the node leaves the placement, and may come back.
+    KeepState,
+    /// Leave the app as it is: the Node object is gone, and may come back.
+    Orphan,
+}
+
+impl OnDelete {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// A rendered Deployment: what a node runs, and how it changes over to it.
@@ -117,6 +139,9 @@ pub struct Template {
     pub min_ready_seconds: u32,
     /// Old builds that are kept besides the one that runs.
     pub keep_releases: u32,
+    /// What becomes of the app when its Deployment is deleted.
+    #[serde(default)]
+    pub deletion_policy: DeletionPolicy,
 }
 
 /// Where a commit is fetched from and where in it the app is.

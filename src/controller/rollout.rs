@@ -16,6 +16,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use crate::api::ReleaseSpec;
 use crate::api::names::{NodeName, ReleaseId, RevisionName};
+use crate::api::release::OnDelete;
 
 use super::observed::{
     FailureClass, Observed, ObservedNode, ObservedRelease, Presence, Reach, RevisionData,
@@ -158,20 +159,20 @@ pub fn decide(input: &Input<'_>) -> Rollout {
     };
 
     remove_what_left(observed, suspended, &mut rollout);
-    let Some(wanted) = wanted.filter(|_| !suspended) else {
-        return rollout;
-    };
-    let assign = Assign {
-        observed,
-        wanted,
-        retry,
-    };
-    if !blocked {
-        supersede(&assign, &mut rollout);
-        begin(&assign, &before, &mut rollout);
-        give_back(&assign, &mut rollout);
+    if let Some(wanted) = wanted.filter(|_| !suspended) {
+        let assign = Assign {
+            observed,
+            wanted,
+            retry,
+        };
+        if !blocked {
+            supersede(&assign, &mut rollout);
+            begin(&assign, &before, &mut rollout);
+            give_back(&assign, &mut rollout);
+        }
+        update_in_place(&assign, &mut rollout);
     }
-    update_in_place(&assign, &mut rollout);
+    update_policy(observed, &mut rollout);
     rollout
 }
 
@@ -207,13 +208,52 @@ pub fn all_held_up(observed: &Observed, active: &BTreeSet<NodeName>) -> bool {
             .all(|node| node.release.as_ref().is_some_and(|r| r.held_up()))
 }
 
-/// Takes the Deployment off every node that is gone or that the placement no longer wants.
+/// Takes the Deployment off every node that is gone or that the placement no longer wants. What the delete
+/// is for is written before it: a node cannot tell it from that of the whole Deployment.
 fn remove_what_left(observed: &Observed, suspended: bool, rollout: &mut Rollout) {
+    let deletion_policy = observed.deployment.spec.deletion_policy;
     for node in &observed.nodes {
-        let gone = node.presence == Presence::Gone;
-        let leaves = gone || (!node.matches() && !suspended);
-        if let Some(release) = node.release.as_ref().filter(|r| leaves && !r.deleting) {
+        let on_delete = match node.presence {
+            Presence::Gone => OnDelete::Orphan,
+            Presence::There { matches: true, .. } => continue,
+            Presence::There { .. } if suspended => continue,
+            Presence::There { .. } => OnDelete::KeepState,
+        };
+        let Some(release) = node.release.as_ref().filter(|r| !r.deleting) else {
+            continue;
+        };
+        if release.spec.on_delete == on_delete {
             rollout.steps.push(delete(release));
+        } else {
+            let mut spec = release.spec.clone();
+            spec.on_delete = on_delete;
+            spec.template.deletion_policy = deletion_policy;
+            let step = update(release, Box::new(spec), release.retry.clone());
+            rollout.steps.push(step);
+        }
+    }
+}
+
+/// Says on every Release what its delete means, whatever the node is at and whether or not it may be told
+/// something new: the Deployment may be deleted the next moment, and what a node removes is gone. A node
+/// has nothing to do for it.
+fn update_policy(observed: &Observed, rollout: &mut Rollout) {
+    let deletion_policy = observed.deployment.spec.deletion_policy;
+    for node in observed.nodes.iter().filter(|node| node.matches()) {
+        let Some(release) = node.release.as_ref().filter(|r| !r.deleting) else {
+            continue;
+        };
+        let says = (
+            release.spec.on_delete,
+            release.spec.template.deletion_policy,
+        );
+        let touched = rollout.steps.iter().any(|step| step.name() == release.name);
+        if !touched && says != (OnDelete::FollowPolicy, deletion_policy) {
+            let mut spec = release.spec.clone();
+            spec.on_delete = OnDelete::FollowPolicy;
+            spec.template.deletion_policy = deletion_policy;
+            let step = update(release, Box::new(spec), release.retry.clone());
+            rollout.steps.push(step);
         }
     }
 }
@@ -275,6 +315,7 @@ impl Assign<'_> {
             commit: data.commit.to_string(),
             template: data.template.clone(),
             retain,
+            on_delete: OnDelete::FollowPolicy,
         });
         let retry = self.retry.map(str::to_owned);
         match &node.release {
@@ -377,12 +418,14 @@ fn give_back(assign: &Assign<'_>, rollout: &mut Rollout) {
                 .find(|revision| revision.name.as_str() == serving.revision)
                 .and_then(|revision| revision.data.as_ref())
                 .map(|data| {
+                    let mut template = data.template.clone();
+                    template.deletion_policy = release.spec.template.deletion_policy;
                     let spec = Box::new(ReleaseSpec {
                         release_id: serving.release_id,
                         attempt: release.spec.attempt + 1,
                         revision: serving.revision.clone(),
                         commit: serving.commit.clone(),
-                        template: data.template.clone(),
+                        template,
                         ..release.spec.clone()
                     });
                     update(release, spec, release.retry.clone())
@@ -416,6 +459,7 @@ fn update_in_place(assign: &Assign<'_>, rollout: &mut Rollout) {
             && release.failed().is_none();
         if behind || release.orphaned {
             let mut spec = release.spec.clone();
+            spec.on_delete = OnDelete::FollowPolicy;
             if behind {
                 spec.template = assign.wanted.data.template.clone();
             }

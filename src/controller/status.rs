@@ -30,6 +30,8 @@ pub struct Facts<'a> {
     pub observed: &'a Observed,
     /// The spec cannot be carried out.
     pub refusal: Option<&'a Refusal>,
+    /// What the spec refers to is not there.
+    pub unresolved: Option<&'a LookupFailure>,
     /// The revision that every node should serve, if it is known.
     pub wanted: Option<&'a Wanted>,
     /// The counts that stand beside the conditions.
@@ -170,10 +172,14 @@ pub fn statements(facts: &Facts<'_>) -> Vec<Statement> {
 }
 
 fn lookup_failure<'a>(facts: &Facts<'a>) -> Option<&'a LookupFailure> {
-    match &facts.observed.lookup.outcome {
-        Outcome::Failed(failure) if facts.refusal.is_none() => Some(failure),
-        Outcome::Failed(_) | Outcome::Pending | Outcome::Found(_) => None,
+    if facts.refusal.is_some() {
+        return None;
     }
+    let source = match &facts.observed.lookup.outcome {
+        Outcome::Failed(failure) => Some(failure),
+        Outcome::Pending | Outcome::Found(_) | Outcome::FoundTag(..) => None,
+    };
+    facts.unresolved.or(source)
 }
 
 fn verdict(facts: &Facts<'_>) -> Verdict {
@@ -200,12 +206,17 @@ fn verdict(facts: &Facts<'_>) -> Verdict {
             reconciling: false,
             stalled: false,
             reason: Reason::Suspended,
-            message: format!("{served}; spec.suspend is set, so nothing new is started"),
+            message: format!(
+                "{served}; spec.suspend is set, so nothing new is started, and nothing is removed from nodes that match no more"
+            ),
         };
     }
     if facts.all_serve() {
         let later = lookup_failure(facts)
-            .map(|failure| format!("; newer commits are not seen: {failure}"))
+            .map(|failure| match facts.unresolved {
+                Some(_) => format!("; nothing newer is rolled out: {failure}"),
+                None => format!("; newer commits are not seen: {failure}"),
+            })
             .unwrap_or_default();
         return Verdict {
             ready: true,

@@ -22,7 +22,7 @@ use crate::{
     node_handle::NodeHandle,
     plane, process,
     program::{self, ControlPlane},
-    state::{Description, Directory, Network, Part},
+    state::{Description, Directory, Network, NodeName, Part},
     toolchains,
 };
 
@@ -208,6 +208,12 @@ impl Testbed {
         git::commit(&self.directory, &self.description, &name, folder, message)
     }
 
+    /// Tags the head of `main` of a repository.
+    pub fn git_tag(&self, name: &str, tag: &str) -> Result<()> {
+        let name = name.parse().map_err(Error::State)?;
+        git::tag(&self.directory, &name, tag)
+    }
+
     /// Serves a copy of an existing bare repository.
     pub fn mirror(&self, name: &str, bare: &Path) -> Result<Repository> {
         let name = name.parse().map_err(Error::State)?;
@@ -295,15 +301,39 @@ impl Testbed {
                 Ok(())
             }
             Part::Node(name) => node::boot(directory, description, name).await,
-            Part::Agent(name) => {
-                let since = Timestamp::now();
-                kari::start_agent(directory, description, &toolchains::find(), name)?;
-                if served {
-                    kari::wait_agent(&self.client().await?, directory, name, since).await?;
-                }
-                Ok(())
-            }
+            Part::Agent(name) => self.run_agent(description, name, served).await,
         }
+    }
+
+    /// Starts the agent of a node, which must not run, with these arguments in the place of
+    /// [`Options::agent_arguments`], for this one time.
+    pub async fn start_agent_with(&self, name: NodeName, arguments: &[&str]) -> Result<()> {
+        let part = Part::Agent(name);
+        self.has(part)?;
+        let _lock = self.directory.lock(false)?;
+        if self.directory.running(part)?.is_some() {
+            return Err(Error::State(format!("{part} is running already")));
+        }
+        let description = Description {
+            agent_arguments: arguments.iter().map(|&word| word.to_owned()).collect(),
+            ..self.description.clone()
+        };
+        let served = self.directory.running(Part::Apiserver)?.is_some();
+        self.run_agent(&description, name, served).await
+    }
+
+    async fn run_agent(
+        &self,
+        description: &Description,
+        name: NodeName,
+        served: bool,
+    ) -> Result<()> {
+        let (directory, since) = (&self.directory, Timestamp::now());
+        kari::start_agent(directory, description, &toolchains::find(), name)?;
+        if served {
+            kari::wait_agent(&self.client().await?, directory, name, since).await?;
+        }
+        Ok(())
     }
 
     /// What a part has logged so far; of a node that runs, its journal.

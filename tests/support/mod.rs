@@ -122,6 +122,14 @@ impl Space {
             .unwrap_or_else(|e| panic!("{e}"))
     }
 
+    /// Tags the head of `main` of a repository of this namespace.
+    pub fn tag(&self, name: &str, tag: &str) {
+        let name = format!("{}-{name}", self.namespace);
+        self.testbed
+            .git_tag(&name, tag)
+            .unwrap_or_else(|e| panic!("{e}"));
+    }
+
     /// Applies a manifest as a user of kubectl does.
     pub async fn apply(&self, manifest: &Value) -> Deployment {
         let name = manifest["metadata"]["name"].as_str().expect("a name");

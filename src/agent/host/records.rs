@@ -7,6 +7,7 @@
 //!   the wish changes, so that a kill between a failure and its report repeats
 //!   nothing.
 //! - `releases/<revision>.json` ([`ReleaseRecord`]): what going back needs.
+//! - `kept.json` ([`KeptRecord`]): whose state is left where the app was taken away.
 //! - `users.json` ([`UsersRecord`]): the app's users, never given to another app
 //!   while any of its files exist.
 //!
@@ -101,6 +102,10 @@ pub struct AppliedRecord {
     /// The tombstone: the app is being taken away, and this record is deleted last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub removing: Option<Removing>,
+    /// Since when the app is left running without a Release, by `deletionPolicy: Orphan` or because its
+    /// Node object went; absent again when a Release has taken it on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub orphaned: Option<Timestamp>,
 }
 
 /// The committed release.
@@ -293,6 +298,19 @@ pub struct ReleaseRecord {
     pub committed_at: Timestamp,
 }
 
+/// `kept.json`: the state that was left when the app was taken off a node that may come back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct KeptRecord {
+    /// [`RECORD_VERSION`].
+    pub version: u32,
+    /// The Deployment that wrote the state, where known; another one does not get to see it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deployment_uid: Option<String>,
+    /// Since when nothing uses it.
+    pub since: Timestamp,
+}
+
 /// `users.json`: the users of an app.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -336,7 +354,13 @@ macro_rules! records {
         }
     )*};
 }
-records!(AppliedRecord, AttemptRecord, ReleaseRecord, UsersRecord);
+records!(
+    AppliedRecord,
+    AttemptRecord,
+    ReleaseRecord,
+    KeptRecord,
+    UsersRecord
+);
 
 /// Reads a record, its version first: a record of another version says so rather than naming a field.
 pub fn parse<R: Record>(text: &[u8]) -> Result<R, RecordError> {

@@ -16,6 +16,7 @@
 //! [`super::seal`]) belongs on a thread of its own.
 
 mod app;
+mod cache;
 mod durable;
 mod unit_files;
 
@@ -30,6 +31,7 @@ use rustix::io::Errno;
 use uuid::Uuid;
 
 pub use app::{AppFolder, Contents, LOG_LIMIT_BYTES, LOG_TAIL_BYTES, References, Stage, garbage};
+pub use cache::{CACHE_LIMIT_BYTES, CACHE_LIMIT_ENTRIES, Cache, cache_name};
 pub(super) use durable::{
     make_folder, names_in, names_of, read, remove, sync_folder, write as write_durably,
 };

@@ -23,9 +23,12 @@ use crate::api::quantity::QuantityError;
 
 pub use build::{
     BuildSpec, DEFAULT_BUILD_LIMITS, EXIT_NO_DIRECTORY, build_environment, build_key, build_script,
-    build_step,
+    build_step, cache_place, directory_check,
 };
-pub use service::{ServiceSpec, ServiceUnit, process_environment, process_variables, service_unit};
+pub use service::{
+    ServiceSpec, ServiceUnit, probe_properties, process_environment, process_variables,
+    service_unit,
+};
 pub use step::{StepLimits, StepSpec, step_properties};
 
 /// A unit that cannot be made from the spec: it has to be changed.
@@ -95,7 +98,7 @@ pub enum OwnUnit {
         /// The mirror's key.
         mirror: String,
     },
-    /// The agent's own: its proxy, its slices, its canaries.
+    /// The agent's own: its proxy, its slices, its canaries, its probes.
     Agent,
 }
 
@@ -150,6 +153,9 @@ pub fn target_name(app: &AppName) -> String {
 pub fn app_patterns(app: &AppName) -> [String; 2] {
     [format!("kari.{app}.*"), format!("{BUILD_PREFIX}{app}.*")]
 }
+
+/// Matches the loaded units of all builds.
+pub const BUILD_PATTERN: &str = "kari-build.*";
 
 /// The build step of a release. Another try has another name, so that a result is never taken for
 /// another try's.

@@ -313,9 +313,14 @@ struct GroupDropIn {
     disposition: String,
 }
 
+/// The name of the user with a uid of the range.
+pub fn user_name(uid: u32) -> String {
+    format!("kari-{uid}")
+}
+
 fn app_user(uid: u32) -> User {
     User {
-        name: format!("kari-{uid}"),
+        name: user_name(uid),
         uid,
     }
 }

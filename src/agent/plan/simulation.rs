@@ -11,8 +11,8 @@ use super::traffic::virtual_host;
 use super::{CRASH_LOOP_RESTARTS, Plan, Progress, Step, plan};
 use crate::agent::host::proxy::{RouteTarget, VirtualHost};
 use crate::agent::host::records::{
-    AppliedRecord, AttemptRecord, BuildKey, ContentDigest, EnvDigest, ProcessRecord,
-    RecordedFailure, ReleaseRecord, StepResult, Wish,
+    AppliedRecord, AttemptRecord, BuildKey, ContentDigest, EnvDigest, KeptRecord, ProcessRecord,
+    RECORD_VERSION, RecordedFailure, ReleaseRecord, StepResult, Wish,
 };
 use crate::agent::host::unit;
 use crate::agent::view::{
@@ -121,6 +121,9 @@ pub struct World {
     stages: BTreeSet<(BuildKey, u32)>,
     virtual_host_file: Option<VirtualHost>,
     has_files: bool,
+    /// Unit files that an admin has deleted at some time.
+    deleted: BTreeSet<String>,
+    kept_state: Option<KeptRecord>,
     // Gone after a reboot.
     services: BTreeMap<String, Service>,
     builds: BTreeMap<String, Build>,
@@ -161,6 +164,8 @@ impl World {
             stages: BTreeSet::new(),
             virtual_host_file: None,
             has_files: false,
+            deleted: BTreeSet::new(),
+            kept_state: None,
             services: BTreeMap::new(),
             builds: BTreeMap::new(),
             proxy: None,
@@ -211,10 +216,11 @@ impl World {
             && let Some(target) = self.target.clone()
         {
             for unit in target.units {
-                assert!(
-                    self.files.contains_key(&unit),
-                    "the boot starts {unit}, which has no file"
-                );
+                if !self.files.contains_key(&unit) {
+                    let by_an_admin = self.deleted.contains(&unit);
+                    assert!(by_an_admin, "the boot starts {unit}, which has no file");
+                    continue;
+                }
                 self.services.insert(
                     unit,
                     Service {
@@ -238,7 +244,8 @@ impl World {
 
     /// An admin deletes a unit file.
     pub fn delete_a_file(&mut self) {
-        self.files.pop_first();
+        let deleted = self.files.pop_first();
+        self.deleted.extend(deleted.map(|(unit, _)| unit));
         self.unload();
     }
 
@@ -372,6 +379,7 @@ impl World {
                 },
                 disk_pressure: None,
                 has_files: self.has_files,
+                kept_state: self.kept_state.clone(),
             },
             held_up: self.held_up.clone(),
         }
@@ -701,7 +709,8 @@ impl World {
                 self.target = None;
                 self.enabled = false;
             }
-            Step::RemoveFiles { keep_state: _ } => {
+            Step::TakeState { keep: _ } => self.kept_state = None,
+            Step::RemoveFiles { keep_state } => {
                 assert!(
                     removing
                         && self.services.is_empty()
@@ -713,6 +722,12 @@ impl World {
                 self.stages.clear();
                 self.releases.clear();
                 self.has_files = false;
+                let applied = self.applied.as_ref();
+                self.kept_state = keep_state.then(|| KeptRecord {
+                    version: RECORD_VERSION,
+                    deployment_uid: applied.and_then(|applied| applied.deployment_uid.clone()),
+                    since: Timestamp::UNIX_EPOCH,
+                });
                 self.attempt = None;
                 self.applied = None;
             }

@@ -509,6 +509,43 @@ fn the_absence_of_a_release_removes_nothing() {
 }
 
 #[test]
+fn an_app_that_is_orphaned_at_every_step_stays_as_it_was_committed() {
+    for restart in [false, true] {
+        for steps in steps_of_a_change() {
+            let mut world = in_the_middle_of_a_change(steps);
+            world.wanted = Wanted::Orphan;
+            if restart {
+                world.round(1);
+                world.restart_agent();
+            }
+            assert_eq!(world.settle(), Progress::Removed, "after {steps:?} steps");
+            world.check_settled();
+            assert!(world.serving().is_some(), "after {steps:?} steps");
+            let marked = |world: &World| world.applied.as_ref().unwrap().orphaned.is_some();
+            assert!(marked(&world));
+            world.wanted = Wanted::Absent;
+            world.settle();
+            world.check_settled();
+            // Another Deployment of the name takes it on.
+            world.want(draft(3));
+            assert_eq!(world.settle(), Progress::Idle);
+            assert_eq!(world.serving(), Some(release_id(3)));
+            assert!(!marked(&world));
+        }
+    }
+}
+
+#[test]
+fn nothing_is_left_of_an_app_that_is_orphaned_before_its_first_commit() {
+    let mut world = World::new();
+    world.want(draft(1));
+    world.round(3);
+    world.wanted = Wanted::Orphan;
+    assert_eq!(world.settle(), Progress::Removed);
+    world.check_empty();
+}
+
+#[test]
 fn a_spec_that_cannot_be_carried_out_holds_what_runs() {
     let mut world = running(1);
     let failure = RecordedFailure {
@@ -531,6 +568,7 @@ enum Event {
     Want(Draft),
     Fate(u8, Fate),
     Remove,
+    Orphan,
     Absent,
     Unknown,
     RestartAgent,
@@ -561,6 +599,7 @@ fn event() -> impl Strategy<Value = Event> {
         2 => (any::<u8>(), prop::sample::select(vec![Fate::Good, Fate::BuildFails, Fate::NeverReady, Fate::CrashesBaking]))
             .prop_map(|(number, fate)| Event::Fate(number, fate)),
         1 => Just(Event::Remove),
+        1 => Just(Event::Orphan),
         1 => Just(Event::Absent),
         1 => Just(Event::Unknown),
         2 => Just(Event::RestartAgent),
@@ -586,6 +625,7 @@ proptest! {
                 Event::Want(draft) => world.want(draft),
                 Event::Fate(number, fate) => { world.fates.insert(number, fate); }
                 Event::Remove => world.remove(),
+                Event::Orphan => world.wanted = Wanted::Orphan,
                 Event::Absent => world.wanted = Wanted::Absent,
                 Event::Unknown => world.wanted = Wanted::Unknown,
                 Event::RestartAgent => world.restart_agent(),
@@ -609,6 +649,7 @@ proptest! {
                 other => prop_assert!(false, "{:?}\n{}", other, world.log.join("\n")),
             },
             Wanted::Removal { .. } => world.check_empty(),
+            Wanted::Orphan => prop_assert_eq!(progress, Progress::Removed),
             Wanted::Unknown | Wanted::Absent | Wanted::Invalid { .. } => {}
         }
         world.remove();

@@ -1,9 +1,12 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::api::deployment::DeletionPolicy;
 use crate::api::reasons::Reason;
+use crate::api::release::OnDelete;
 use crate::controller::observed::{Presence, Reach};
-use crate::controller::testing::World;
+use crate::controller::references::Content;
+use crate::controller::testing::{World, commit};
 
 fn there(matches: bool, canary: bool, cordoned: bool) -> Presence {
     Presence::There {
@@ -397,6 +400,12 @@ fn a_node_that_leaves_the_placement_is_taken_off_and_may_come_back() {
     let mut world = World::deployed(2);
     world.node("n2").presence = there(false, false, false);
     world.reconcile();
+    assert_eq!(world.release("n2").spec.on_delete, OnDelete::KeepState);
+    assert!(
+        !world.release("n2").deleting,
+        "what the delete is for stands before it"
+    );
+    world.reconcile();
     assert!(world.release("n2").deleting);
     assert_eq!(world.ready().0, "True/Deployed");
     world.node("n2").presence = there(true, false, false);
@@ -408,6 +417,43 @@ fn a_node_that_leaves_the_placement_is_taken_off_and_may_come_back() {
     world.agent_reads("n2");
     world.reconcile();
     assert_eq!(world.told(), ["a", "a"]);
+    assert_eq!(world.release("n2").spec.on_delete, OnDelete::FollowPolicy);
+}
+
+#[test]
+fn a_node_that_comes_back_before_its_release_is_deleted_forgets_why_it_was_to_be() {
+    let mut world = World::deployed(2);
+    world.node("n2").presence = there(false, false, false);
+    world.reconcile();
+    world.node("n2").presence = there(true, false, false);
+    world.reconcile();
+    let release = world.release("n2");
+    assert!(!release.deleting);
+    assert_eq!(release.spec.on_delete, OnDelete::FollowPolicy);
+    assert_eq!(world.active(), [""; 0], "no slot is needed for it");
+}
+
+#[test]
+fn what_a_delete_means_is_said_on_every_release_whatever_its_node_is_at() {
+    let mut world = World::deployed(4);
+    world.node("n1").presence = there(true, false, true);
+    world.node("n2").reach = Reach::Stale;
+    world.push('b');
+    world.reconcile();
+    world.agent_fails("n3", Reason::BuildFailed);
+    world.reconcile();
+    world.spec().suspend = true;
+    world.spec().deletion_policy = DeletionPolicy::Orphan;
+    world.reconcile();
+    for node in ["n1", "n2", "n3", "n4"] {
+        let spec = &world.release(node).spec;
+        assert_eq!(
+            spec.template.deletion_policy,
+            DeletionPolicy::Orphan,
+            "{node}"
+        );
+    }
+    assert_eq!(world.told(), ["a", "a", "b", "a"], "and nothing else");
 }
 
 #[test]
@@ -417,6 +463,8 @@ fn the_release_of_a_node_that_is_gone_is_removed_and_its_slot_freed() {
     world.reconcile();
     world.node("n1").presence = Presence::Gone;
     world.node("n1").reach = Reach::Stale;
+    world.reconcile();
+    assert_eq!(world.release("n1").spec.on_delete, OnDelete::Orphan);
     world.reconcile();
     assert!(world.release("n1").deleting);
     assert_eq!(world.active(), ["n2"]);
@@ -869,4 +917,126 @@ proptest! {
         prop_assert_eq!(world.ready().0, "True/Deployed");
         prop_assert_eq!(world.active(), Vec::<&str>::new());
     }
+}
+
+/// A Deployment that takes `LEVEL` from the ConfigMap `shop`, deployed with it.
+fn referring() -> World {
+    let mut world = World::new(2);
+    world.spec().env.push(
+        serde_json::from_value(serde_json::json!({"name": "LEVEL", "valueFrom": {"configMapKeyRef": {"name": "shop", "key": "level"}}}))
+            .unwrap_or_else(|e| panic!("{e}")),
+    );
+    set_level(&mut world, "low");
+    world.roll_out();
+    assert_eq!(world.served(), ["a", "a"]);
+    world
+}
+
+fn set_level(world: &mut World, level: &str) {
+    let data = [("level".to_owned(), level.to_owned())].into();
+    world.observed.contents = [("shop".to_owned(), Content::Held(data))].into();
+}
+
+fn level_of(world: &mut World, node: &str) -> Option<String> {
+    let template = &world.release(node).spec.template;
+    let variable = template.env.iter().find(|v| v.name == "LEVEL")?;
+    variable.value.clone()
+}
+
+#[test]
+fn what_a_reference_holds_is_part_of_the_revision_and_rolls_out_like_a_commit() {
+    let mut world = referring();
+    let first = world.status().revision.clone();
+    set_level(&mut world, "high");
+    world.roll_out();
+    assert_ne!(world.status().revision, first);
+    assert_eq!(level_of(&mut world, "n2").as_deref(), Some("high"));
+    assert_eq!(world.observed.revisions.len(), 2);
+    set_level(&mut world, "low");
+    world.roll_out();
+    assert_eq!(world.status().revision, first, "same content, same name");
+}
+
+#[test]
+fn a_reference_that_is_lost_keeps_what_runs_and_heals_by_itself() {
+    let mut world = referring();
+    let first = world.status().revision.clone();
+    world.observed.contents = [("shop".to_owned(), Content::Absent)].into();
+    world.push('b');
+    world.roll_out();
+    assert_eq!(world.served(), ["a", "a"]);
+    assert_eq!(world.status().revision, first);
+    assert_eq!(world.stalled().0, "True/ReferenceNotFound");
+    let (ready, message) = world.ready();
+    assert_eq!(ready, "True/Deployed");
+    assert!(
+        message.contains("nothing newer is rolled out") && message.contains("no ConfigMap shop"),
+        "{message}"
+    );
+    assert_eq!(world.condition("Reconciling").0, "False/Deployed");
+    set_level(&mut world, "low");
+    world.roll_out();
+    assert_eq!(world.served(), ["b", "b"]);
+    assert_eq!(world.stalled().0, "False/Deployed");
+}
+
+#[test]
+fn a_spec_with_a_reference_that_is_not_there_changes_no_node_and_is_not_ready() {
+    let mut world = referring();
+    let told = world.told();
+    let other = serde_json::json!({"name": "OTHER", "valueFrom": {"configMapKeyRef": {"name": "shop", "key": "other"}}});
+    world
+        .spec()
+        .env
+        .push(serde_json::from_value(other).unwrap_or_else(|e| panic!("{e}")));
+    world.push('b');
+    world.roll_out();
+    assert_eq!(world.told(), told);
+    assert_eq!(world.ready().0, "False/ReferenceNotFound");
+    assert_eq!(world.stalled().0, "True/ReferenceNotFound");
+}
+
+#[test]
+fn the_tag_that_a_range_found_is_named_and_stays_valid_while_the_source_is_away() {
+    let mut world = World::new(1);
+    let range = serde_json::json!({"semver": "1.x"});
+    let source = world
+        .spec()
+        .source
+        .git
+        .as_mut()
+        .unwrap_or_else(|| panic!("git"));
+    source.reference = serde_json::from_value(range).ok();
+    world.observed.lookup.outcome = Outcome::FoundTag("refs/tags/v1.2.0".into(), commit('c'));
+    world.roll_out();
+    assert_eq!(world.served(), ["c"]);
+    let found = |world: &World| world.status().source.clone().unwrap_or_default().reference;
+    assert_eq!(found(&world), "refs/tags/v1.2.0");
+    let reference = world.release("n1").spec.template.source.reference.clone();
+    assert_eq!(
+        reference.as_deref(),
+        Some("refs/tags/v1.2.0"),
+        "a node fetches by it"
+    );
+    world.lose_source(Reason::SourceUnavailable);
+    world.roll_out();
+    assert_eq!(
+        (world.served(), found(&world)),
+        (vec!["c".to_owned()], "refs/tags/v1.2.0".to_owned())
+    );
+    assert_eq!(world.ready().0, "True/Deployed");
+    let source = world
+        .spec()
+        .source
+        .git
+        .as_mut()
+        .unwrap_or_else(|| panic!("git"));
+    source.reference = serde_json::from_value(serde_json::json!({"semver": "2.x"})).ok();
+    world.roll_out();
+    assert_eq!(
+        world.ready().0,
+        "False/SourceUnavailable",
+        "it is in another range"
+    );
+    assert_eq!(world.served(), ["c"]);
 }

@@ -9,6 +9,7 @@ use super::failure::{Diagnosis, diagnose};
 use super::step::{Hold, Mode};
 use super::{FetchFailure, MirrorKey, SourceUrl, Want};
 use crate::agent::host::records::StepResult;
+use crate::agent::host::turns::Turns;
 use crate::api::names::{AppName, Commit};
 use crate::api::reasons::Reason;
 
@@ -98,7 +99,7 @@ pub(super) struct Start {
 pub(super) struct Schedule {
     slots: usize,
     mirrors: BTreeMap<MirrorKey, Mirror>,
-    queue: Vec<MirrorKey>,
+    queue: Turns<MirrorKey>,
 }
 
 #[derive(Debug)]
@@ -164,7 +165,7 @@ impl Schedule {
         Self {
             slots: slots.max(1),
             mirrors: BTreeMap::new(),
-            queue: Vec::new(),
+            queue: Turns::default(),
         }
     }
 
@@ -178,7 +179,7 @@ impl Schedule {
         }
         let mirror = self
             .mirrors
-            .entry(key)
+            .entry(key.clone())
             .or_insert_with(|| Mirror::new(want.source.clone(), path));
         let is_new = mirror
             .wants
@@ -195,6 +196,10 @@ impl Schedule {
             mirror.failure = None;
         }
         mirror.wants.insert(app.clone(), want);
+        // In the order in which they came; a look takes out what is there already.
+        if mirror.running.is_none() && !mirror.is_satisfied() && mirror.not_before <= now {
+            self.queue.push(app.namespace(), key);
+        }
     }
 
     /// The app wants nothing any more.
@@ -269,13 +274,12 @@ impl Schedule {
         let is_idle = mirror.running.is_none();
         if is_idle && mirror.wants.is_empty() {
             self.mirrors.remove(key);
-            self.queue.retain(|queued| queued != key);
+            self.queue.remove(key);
         } else if is_idle && !mirror.is_satisfied() && mirror.not_before <= now {
-            if !self.queue.contains(key) {
-                self.queue.push(key.clone());
-            }
+            let namespace = mirror.wants.keys().next().map(AppName::namespace);
+            self.queue.push(namespace.unwrap_or_default(), key.clone());
         } else {
-            self.queue.retain(|queued| queued != key);
+            self.queue.remove(key);
         }
         action
     }
@@ -287,10 +291,11 @@ impl Schedule {
             .values()
             .filter(|mirror| mirror.running.is_some())
             .count();
-        if running >= self.slots || self.queue.is_empty() {
+        if running >= self.slots {
             return None;
         }
-        let key = self.queue.remove(0);
+        let key = self.queue.order().first().map(|&key| key.clone())?;
+        self.queue.serve(&key);
         let mirror = self.mirrors.get_mut(&key)?;
         let holds: Vec<Hold> = mirror
             .wants
@@ -371,8 +376,9 @@ impl Schedule {
                 retry_in: mirror.not_before.saturating_sub(now),
             }
         } else {
-            let queued = self.queue.iter().position(|queued| queued == key);
-            let of = self.queue.len() + usize::from(queued.is_none());
+            let order = self.queue.order();
+            let queued = order.iter().position(|queued| *queued == key);
+            let of = order.len() + usize::from(queued.is_none());
             MirrorState::Queued {
                 position: queued.map_or(of, |at| at + 1),
                 of,

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{self, Read as _, Seek as _};
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use super::{Store, StoreError, durable};
 use crate::agent::host::records::{
-    self, AppliedRecord, AttemptRecord, BuildKey, EnvDigest, Record, ReleaseRecord, UsersRecord,
+    self, AppliedRecord, AttemptRecord, BuildKey, EnvDigest, KeptRecord, Record, ReleaseRecord,
+    UsersRecord,
 };
 use crate::api::names::{AppName, ReleaseId, RevisionName};
 
@@ -46,6 +48,17 @@ impl Stage {
     pub fn script(&self) -> PathBuf {
         self.path.join("build")
     }
+
+    /// Makes a folder of the tree for the user `uid`, its parents too. Only in a stage that is new: of what
+    /// a build has made, a link could lead anywhere. `relative` has no `..`.
+    pub fn create_folder(&self, relative: &Path, uid: u32) -> Result<(), StoreError> {
+        let mut path = self.source();
+        for part in relative.components() {
+            path.push(part);
+            durable::make_folder(&path, 0o755, Some(uid))?;
+        }
+        Ok(())
+    }
 }
 
 impl AppFolder {
@@ -71,7 +84,9 @@ impl AppFolder {
     /// Makes it with its inner folders.
     pub fn create(&self) -> Result<(), StoreError> {
         durable::make_folder(&self.path, 0o700, None)?;
-        for name in ["releases", "builds", "stage", "state", "env", "logs"] {
+        for name in [
+            "releases", "builds", "stage", "cache", "state", "env", "logs",
+        ] {
             durable::make_folder(&self.path.join(name), 0o700, None)?;
         }
         Ok(())
@@ -91,6 +106,7 @@ impl AppFolder {
             "releases",
             "builds",
             "stage",
+            "cache",
             "env",
             "logs",
             "applied.json",
@@ -100,7 +116,42 @@ impl AppFolder {
         Ok(())
     }
 
+    /// Whether any process has state.
+    pub fn has_state(&self) -> Result<bool, StoreError> {
+        Ok(!durable::names_in(&self.path.join("state"))?.is_empty())
+    }
+
+    /// Takes the state of all processes away.
+    pub fn remove_state(&self) -> Result<(), StoreError> {
+        self.store.trash(&self.path.join("state"))
+    }
+
+    /// Whether there is more than what [`AppFolder::remove_all_but_state`] leaves beside `kept.json`.
+    pub fn holds_more_than_state(&self) -> Result<bool, StoreError> {
+        if !self.path.exists() {
+            return Ok(false);
+        }
+        let names = durable::names_in(&self.path)?;
+        let is_kept = names.iter().any(|name| name == "kept.json");
+        let of_state =
+            |name: &String| matches!(name.as_str(), "state" | "users.json" | "kept.json");
+        Ok(!is_kept || !names.iter().all(of_state))
+    }
+
     // ---- Records ----
+
+    /// `kept.json`.
+    pub fn read_kept(&self) -> Result<Option<KeptRecord>, StoreError> {
+        read_record(&self.path.join("kept.json"))
+    }
+    /// `kept.json`.
+    pub fn write_kept(&self, record: &KeptRecord) -> Result<(), StoreError> {
+        write_record(&self.path.join("kept.json"), record)
+    }
+    /// `kept.json`.
+    pub fn remove_kept(&self) -> Result<(), StoreError> {
+        durable::remove(&self.path.join("kept.json"))
+    }
 
     /// `applied.json`.
     pub fn read_applied(&self) -> Result<Option<AppliedRecord>, StoreError> {
@@ -213,6 +264,22 @@ impl AppFolder {
         self.path.join("logs").join(format!("{release_id}.{step}"))
     }
 
+    /// Adds a line of the agent's own to a log.
+    pub fn append_log(
+        &self,
+        release_id: &ReleaseId,
+        step: &str,
+        line: &str,
+    ) -> Result<(), StoreError> {
+        let path = self.log(release_id, step);
+        let mut options = fs::OpenOptions::new();
+        options.append(true).create(true).mode(0o600);
+        options
+            .open(&path)
+            .and_then(|mut log| log.write_all(format!("kari: {line}\n").as_bytes()))
+            .map_err(StoreError::io("write", &path))
+    }
+
     /// Bytes of a log so far; 0 if there is none.
     pub fn log_bytes(&self, release_id: &ReleaseId, step: &str) -> u64 {
         fs::metadata(self.log(release_id, step)).map_or(0, |metadata| metadata.len())
@@ -259,9 +326,14 @@ impl AppFolder {
         Ok((digest, path))
     }
 
+    /// Where the state folder of a process is, or would be.
+    pub fn state_folder(&self, process: &str) -> PathBuf {
+        self.path.join("state").join(process)
+    }
+
     /// Makes the state folder of a process for the user `uid`, and leaves one that is there as it is.
     pub fn create_state(&self, process: &str, uid: u32) -> Result<PathBuf, StoreError> {
-        let path = self.path.join("state").join(file_name(process)?);
+        let path = self.state_folder(file_name(process)?);
         if !path.is_dir() {
             durable::make_folder(&path, 0o700, Some(uid))?;
         }
@@ -276,6 +348,7 @@ impl AppFolder {
         Ok(Contents {
             builds: names("builds")?,
             stages: names("stage")?,
+            caches: names("cache")?,
             releases: self.revisions()?,
             logs: names("logs")?,
             env: names("env")?,
@@ -290,6 +363,8 @@ pub struct Contents {
     pub builds: Vec<String>,
     /// `<key>.<try>`.
     pub stages: Vec<String>,
+    /// Names by [`cache_name`](super::cache_name).
+    pub caches: Vec<String>,
     /// Revisions.
     pub releases: Vec<RevisionName>,
     /// `<releaseId>.<step>`.
@@ -305,6 +380,8 @@ pub struct References {
     pub builds: BTreeSet<BuildKey>,
     /// Stages whose build runs or is to be sealed.
     pub stages: BTreeSet<(BuildKey, u32)>,
+    /// Caches that a build names, by [`cache_name`](super::cache_name).
+    pub caches: BTreeSet<String>,
     /// Revisions that can be gone back to.
     pub releases: BTreeSet<RevisionName>,
     /// Releases whose logs are kept.
@@ -318,6 +395,7 @@ pub fn garbage(contents: &Contents, references: &References) -> Vec<PathBuf> {
     let Contents {
         builds,
         stages,
+        caches,
         releases,
         logs,
         env,
@@ -334,6 +412,12 @@ pub fn garbage(contents: &Contents, references: &References) -> Vec<PathBuf> {
                     .any(|(key, build_try)| **name == format!("{key}.{build_try}"))
             })
             .map(|name| within("stage", name)),
+    );
+    garbage.extend(
+        caches
+            .iter()
+            .filter(|name| !references.caches.contains(*name))
+            .map(|name| within("cache", name)),
     );
     garbage.extend(
         builds
@@ -567,6 +651,7 @@ mod tests {
         let contents = Contents {
             builds: vec![one.to_string(), two.to_string(), "odd".to_owned()],
             stages: vec![format!("{one}.0"), format!("{one}.1"), format!("{two}.1")],
+            caches: vec!["named".to_owned(), "unnamed".to_owned()],
             releases: vec![RevisionName::new("shop-1"), RevisionName::new("shop-2")],
             logs: vec![format!("{kept}.build"), format!("{lost}.build")],
             env: vec![env.to_string(), old_env.to_string()],
@@ -574,6 +659,7 @@ mod tests {
         let references = References {
             builds: [one.clone()].into(),
             stages: [(one.clone(), 1)].into(),
+            caches: ["named".to_owned()].into(),
             releases: [RevisionName::new("shop-2")].into(),
             logs: [kept].into(),
             env: [env].into(),
@@ -581,6 +667,7 @@ mod tests {
         let expected: Vec<PathBuf> = [
             format!("stage/{one}.0"),
             format!("stage/{two}.1"),
+            "cache/unnamed".to_owned(),
             format!("builds/{two}"),
             "builds/odd".to_owned(),
             "releases/shop-1.json".to_owned(),

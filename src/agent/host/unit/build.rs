@@ -1,14 +1,14 @@
 //! Builds: their key, their script, their environment, and the step that runs them.
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Component, Path, PathBuf};
 
 use super::{DEFAULT_TASKS, StepLimits, StepSpec, UnitError, in_app};
 use crate::agent::host::jail::{APP_PATH, JAIL_VERSION, MIRROR_PATH, SCRIPT_PATH};
 use crate::agent::host::quote::{self, QuoteError};
 use crate::agent::host::records::BuildKey;
 use crate::agent::host::store::Stage;
-use crate::api::deployment::{Build, EnvVar, ResourceLimits};
+use crate::api::deployment::{Build, ResourceLimits};
 use crate::api::names::{AppName, Commit};
 
 /// The key of the tree that a build results in: a digest of all that the tree follows from. The limits
@@ -20,14 +20,16 @@ pub fn build_key(commit: &Commit, directory: Option<&str>, build: Option<&Build>
              command,
              env,
              network,
+             cache_directories,
              timeout_seconds: _,
              resources: _,
          }| {
+            let caches: BTreeSet<_> = cache_directories.iter().collect();
             let env: BTreeMap<_, _> = env
                 .iter()
-                .map(|EnvVar { name, value }| (name, value))
+                .map(|variable| (&variable.name, variable.plain_value()))
                 .collect();
-            serde_json::json!({"run": run, "command": command, "env": env, "network": network})
+            serde_json::json!({"run": run, "command": command, "env": env, "network": network, "cacheDirectories": caches})
         },
     );
     let content = serde_json::json!({
@@ -62,13 +64,58 @@ pub fn build_script(build: &Build) -> Result<String, UnitError> {
     }
 }
 
+/// A line before the script of a build with caches, whose places exist in the tree before the checkout: what
+/// tells that the commit has no such directory. No line of its own, so that the script's keep their numbers.
+pub fn directory_check(
+    commit: &Commit,
+    directory: Option<&str>,
+    tool_path: &str,
+) -> Result<String, UnitError> {
+    let Some(directory) = plain_parts(directory.unwrap_or_default()) else {
+        return Ok(String::new());
+    };
+    let words = [
+        "-i",
+        &format!("PATH={tool_path}"),
+        "git",
+        &format!("--git-dir={MIRROR_PATH}"),
+        "cat-file",
+        "-e",
+        &format!("{commit}:{}", directory.display()),
+    ]
+    .map(str::to_owned);
+    let words = quote::shell_words(&words).map_err(|source| UnitError::Quote {
+        place: "source.git.directory".to_owned(),
+        source,
+    })?;
+    Ok(format!(
+        "/usr/bin/env {words} || exit {EXIT_NO_DIRECTORY}; "
+    ))
+}
+
+/// Where a cache directory is in the tree: relative to its root, and normal.
+pub fn cache_place(directory: Option<&str>, cache: &str) -> PathBuf {
+    let mut place = directory.and_then(plain_parts).unwrap_or_default();
+    place.extend(plain_parts(cache));
+    place
+}
+
+/// A relative path without `.`; nothing if nothing is left.
+fn plain_parts(path: &str) -> Option<PathBuf> {
+    let parts = Path::new(path).components();
+    let plain: PathBuf = parts
+        .filter(|part| !matches!(part, Component::CurDir))
+        .collect();
+    (!plain.as_os_str().is_empty()).then_some(plain)
+}
+
 /// The environment file of a build.
 pub fn build_environment(build: &Build) -> Result<Vec<u8>, UnitError> {
     quote::environment_file(
         build
             .env
             .iter()
-            .map(|EnvVar { name, value }| (name.as_str(), value.as_str())),
+            .map(|variable| (variable.name.as_str(), variable.plain_value())),
     )
     .map_err(|source| UnitError::Quote {
         place: "build.env".to_owned(),
@@ -91,6 +138,8 @@ pub struct BuildSpec<'a> {
     pub directory: Option<&'a str>,
     /// The build; without it the checkout is all.
     pub build: Option<&'a Build>,
+    /// The folders of the node that are the build's caches, and where [`cache_place`] has each.
+    pub caches: &'a [(PathBuf, PathBuf)],
     /// The file of [`build_environment`].
     pub env_file: Option<&'a Path>,
     /// The app's build user.
@@ -115,6 +164,7 @@ pub fn build_step(spec: &BuildSpec<'_>) -> Result<StepSpec, UnitError> {
         stage,
         directory,
         build,
+        caches,
         env_file,
         user,
         tool_path,
@@ -151,6 +201,14 @@ pub fn build_step(spec: &BuildSpec<'_>) -> Result<StepSpec, UnitError> {
         (stage.temporary(), "/tmp".to_owned()),
         (stage.temporary(), "/var/tmp".to_owned()),
     ];
+    for (cache, place) in caches {
+        let place = Path::new(APP_PATH).join(place);
+        let place = quote::plain_path(&place).map_err(|source| UnitError::Quote {
+            place: "build.cacheDirectories".to_owned(),
+            source,
+        })?;
+        writable.push((cache.clone(), place.to_owned()));
+    }
     writable.sort_by(|a, b| a.1.cmp(&b.1));
     let mut step = StepSpec {
         description: format!("Kari: build of {app} at {}", commit.short()),
@@ -267,6 +325,10 @@ mod tests {
             },
             directory: Some("services/shop"),
             build,
+            caches: &[(
+                "/var/lib/kari/apps/web.shop/cache/0".into(),
+                cache_place(Some("./services/shop"), ".cache/npm"),
+            )],
             env_file: Some(Path::new("/var/lib/kari/apps/web.shop/env/b")),
             user: "kari-50000",
             tool_path: "/usr/bin:/bin",
@@ -292,6 +354,20 @@ mod tests {
             ]
         );
         assert_eq!((spec.network, spec.timeout_seconds), (false, 60));
+        // In the order in which they are mounted: within the tree, so after it.
+        assert_eq!(
+            spec.writable[1..3],
+            [
+                (
+                    PathBuf::from("/var/lib/kari/apps/web.shop/stage/k.0/source"),
+                    APP_PATH.to_owned()
+                ),
+                (
+                    PathBuf::from("/var/lib/kari/apps/web.shop/cache/0"),
+                    format!("{APP_PATH}/services/shop/.cache/npm")
+                ),
+            ]
+        );
         assert_eq!(build_script(&of_build).unwrap(), "make; echo $$ %n\n");
         let settings = step_properties(&spec).unwrap();
         assert!(settings.contains(&Setting::new("PrivateNetwork", Value::Switch(true))));
@@ -329,6 +405,7 @@ mod tests {
             serde_json::json!({"run": "make all"}),
             serde_json::json!({"env": []}),
             serde_json::json!({"network": false}),
+            serde_json::json!({"cacheDirectories": [".cache"]}),
         ] {
             assert_ne!(key(&json(other.clone())), key(&base), "{other}");
         }
@@ -341,6 +418,21 @@ mod tests {
         );
         let other = Commit::parse(&"0".repeat(40)).unwrap();
         assert_ne!(build_key(&other, Some("d"), Some(&base)), key(&base));
+    }
+
+    #[test]
+    fn a_directory_that_is_the_root_is_not_looked_for_in_the_commit() {
+        for root in [None, Some("."), Some("./")] {
+            assert_eq!(directory_check(&commit(), root, "/bin").unwrap(), "");
+        }
+        let check = directory_check(&commit(), Some("./it's/here"), "/usr/bin:/bin").unwrap();
+        let object = format!("'{}:it'\\''s/here'", commit());
+        assert!(
+            check.contains(&object) && check.ends_with(" || exit 125; ") && !check.contains('\n'),
+            "{check}"
+        );
+        assert_eq!(cache_place(None, "a/b"), PathBuf::from("a/b"));
+        assert_eq!(cache_place(Some("."), "a"), PathBuf::from("a"));
     }
 
     #[test]

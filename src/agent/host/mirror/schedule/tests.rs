@@ -113,26 +113,34 @@ fn mirrors_wait_for_a_slot_in_the_order_of_their_asking_and_see_their_place() {
         want("https://h/c", 'c'),
         "/m/c.git".into(),
     );
-    for url in [B, A, "https://h/c"] {
+    // The order of the looks is none of it.
+    for url in ["https://h/c", B, A] {
         schedule.take_in(NOW, 0.0, &key(url), seen(Unit::Absent, &[]));
     }
-    assert_eq!(schedule.next_start().map(|start| start.key), Some(key(B)));
+    assert_eq!(schedule.next_start().map(|start| start.key), Some(key(A)));
     assert_eq!(schedule.next_start(), None);
     assert_eq!(
-        state(&schedule, "web.shop"),
+        state(&schedule, "web.blog"),
         Some(MirrorState::Queued { position: 1, of: 2 })
     );
     assert_eq!(
         state(&schedule, "web.wiki"),
         Some(MirrorState::Queued { position: 2, of: 2 })
     );
+    // Another namespace has its turn before the second of this one.
+    let other = "https://h/other";
+    schedule.want(NOW, &app("shop.web"), want(other, 'd'), "/m/o.git".into());
+    assert_eq!(
+        state(&schedule, "shop.web"),
+        Some(MirrorState::Queued { position: 2, of: 3 })
+    );
     schedule.take_in(
         NOW,
         0.0,
-        &key(B),
-        seen(ended("success", 0, ""), &[("web.blog", 'b')]),
+        &key(A),
+        seen(ended("success", 0, ""), &[("web.shop", 'a')]),
     );
-    assert_eq!(schedule.next_start().map(|start| start.key), Some(key(A)));
+    assert_eq!(schedule.next_start().map(|start| start.key), Some(key(B)));
 }
 
 #[test]

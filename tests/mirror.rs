@@ -147,7 +147,6 @@ impl Node {
             env_file: None,
             user: &users.build.name,
             tool_path: TOOL_PATH,
-            caches: &[],
             log: &folder.log(&release, "build"),
         })
         .unwrap();

@@ -615,10 +615,8 @@ fn commit_links(name: &str, modules: &str, links: &[String]) -> String {
     let links: String = links
         .iter()
         .map(|link| {
-            format!(
-                "git update-index --add --cacheinfo 160000,{};",
-                link.replace(' ', ",")
-            )
+            let link = link.replacen(' ', ",", 1);
+            format!("git update-index --add --cacheinfo '160000,{link}';")
         })
         .collect();
     sh(&format!(
@@ -766,7 +764,9 @@ async fn submodules_that_lead_astray_are_refused_with_their_place_and_nothing_is
         "a link",
         "symbolic link",
         sh(&format!(
-            "cd /srv/git/astray && ln -sf file .gitmodules && git add .gitmodules && git update-index --add --cacheinfo 160000,{good},lib && git commit -qm link && git rev-parse HEAD"
+            "cd /srv/git/astray && blob=$(printf file | git hash-object -w --stdin) \
+             && tree=$(printf '120000 blob %s\\t.gitmodules\\n160000 commit {good}\\tlib\\n' $blob | git mktree --missing) \
+             && commit=$(git commit-tree -m link $tree) && git update-ref refs/heads/link $commit && echo $commit"
         ))
         .trim()
         .to_owned(),

@@ -354,7 +354,9 @@ impl Apply<'_> {
         let directory = wish.template.source.directory.as_deref();
         let caches = self.open_caches(folder, users.build.uid).await?;
         let mut script = build.map(unit::build_script).transpose()?;
-        if let Some(script) = script.as_mut().filter(|_| !caches.is_empty()) {
+        // With submodules the directory may be in one of them, of which the commit alone does not tell.
+        let needs_check = !caches.is_empty() && !wish.template.source.submodules;
+        if let Some(script) = script.as_mut().filter(|_| needs_check) {
             let check = unit::directory_check(&wish.commit, directory, &node.tool_path)?;
             script.insert_str(0, &check);
         }
@@ -372,8 +374,8 @@ impl Apply<'_> {
             commit: &wish.commit,
             mirror: &mirror,
             stage: &stage,
-            submodules: wish.template.source.submodules,
             directory,
+            submodules: wish.template.source.submodules,
             build,
             caches: &caches,
             env_file: env_file.as_deref(),

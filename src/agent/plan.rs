@@ -20,7 +20,7 @@ mod keep;
 mod recreate;
 mod removal;
 #[cfg(test)]
-pub(super) mod simulation;
+pub mod simulation;
 #[cfg(test)]
 mod tests;
 mod traffic;

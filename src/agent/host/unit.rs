@@ -22,8 +22,8 @@ use crate::api::names::{AppName, ReleaseId};
 use crate::api::quantity::QuantityError;
 
 pub use build::{
-    BuildSpec, DEFAULT_BUILD_LIMITS, EXIT_NO_DIRECTORY, build_environment, build_key, build_script,
-    build_step, cache_place, directory_check,
+    BuildSpec, CHECKOUT_FILE, CHECKOUT_SCRIPT, DEFAULT_BUILD_LIMITS, EXIT_NO_DIRECTORY,
+    build_environment, build_key, build_script, build_step, cache_place, directory_check,
 };
 pub use service::{
     ServiceSpec, ServiceUnit, probe_properties, process_environment, process_variables,

@@ -20,7 +20,9 @@ use super::step::{Paths, SCRIPT, fetch_step};
 use super::{MirrorKey, Want};
 use crate::agent::host::store::{self, Store, StoreError, write_durably};
 use crate::agent::host::systemd::{Systemd, SystemdError};
-use crate::agent::host::unit::{UnitError, fetch_unit_name, step_properties};
+use crate::agent::host::unit::{
+    CHECKOUT_FILE, CHECKOUT_SCRIPT, UnitError, fetch_unit_name, step_properties,
+};
 use crate::api::names::AppName;
 
 /// How long a fetch's unit may take to stop; its processes are killed after 10 s.
@@ -185,9 +187,9 @@ impl Mirrors {
 
     /// Looks after the mirrors until it is dropped.
     pub async fn run(&self) {
-        if let Err(error) = self.install_script() {
+        if let Err(error) = self.install_scripts() {
             // Each fetch tries again.
-            warn!(%error, "the script of the fetches cannot be written");
+            warn!(%error, "the scripts of the fetches cannot be written");
         }
         let mut known = BTreeMap::new();
         loop {
@@ -300,7 +302,7 @@ impl Mirrors {
         } = &*self.inner;
         let mirror = self.mirror(key);
         store::make_folder(&mirror, 0o755, Some(settings.uid))?;
-        let script = self.install_script()?;
+        let script = self.install_scripts()?;
         let log = self.log(key);
         store::remove(&log)?;
         let paths = Paths {
@@ -332,13 +334,20 @@ impl Mirrors {
         }
     }
 
-    /// Written at the agent's start already, so that an app which comes and goes leaves nothing behind.
-    fn install_script(&self) -> Result<PathBuf, StoreError> {
-        let script = self.inner.store.mirrors().join("fetch.sh");
-        if store::read(&script)?.as_deref() != Some(SCRIPT.as_bytes()) {
-            write_durably(&script, SCRIPT.as_bytes(), 0o644)?;
+    /// The script of the fetches, and that of the checkouts, which needs what fetches brought. Written at the
+    /// agent's start already, so that an app which comes and goes leaves nothing behind.
+    fn install_scripts(&self) -> Result<PathBuf, StoreError> {
+        let folder = self.inner.store.mirrors();
+        let fetch = folder.join("fetch.sh");
+        for (path, text) in [
+            (&fetch, SCRIPT),
+            (&folder.join(CHECKOUT_FILE), CHECKOUT_SCRIPT),
+        ] {
+            if store::read(path)?.as_deref() != Some(text.as_bytes()) {
+                write_durably(path, text.as_bytes(), 0o644)?;
+            }
         }
-        Ok(script)
+        Ok(fetch)
     }
 
     /// Stops the unit of a mirror. Killed, as it has nothing to save and all mirrors wait for this.

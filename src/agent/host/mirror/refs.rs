@@ -277,7 +277,7 @@ mod tests {
         assert_eq!(held(mirror.path(), &blog)?, None);
         assert!(release(mirror.path(), &shop)?);
         assert!(!release(mirror.path(), &shop)?);
-        assert_eq!(holders(mirror.path())?, [blog.clone()]);
+        assert_eq!(holders(mirror.path())?, std::slice::from_ref(&blog));
         assert!(release(mirror.path(), &blog)?);
         assert_eq!(holders(mirror.path())?, []);
         Ok(())

@@ -159,8 +159,10 @@ pub struct BuildSpec<'a> {
 }
 
 /// `mirror tree commit git…`: checks a commit out by the words after it, then what its submodules are at, and
-/// theirs, which the fetch has brought into the same mirror and whose places it has looked at.
-const SUBMODULES_SCRIPT: &str = r#"mirror=$1 tree=$2 commit=$3
+/// theirs, which the fetch has brought into the same mirror and whose places it has looked at. A file beside the
+/// mirror, as a reload of systemd does not leave the words of a command that runs as they were.
+pub const CHECKOUT_SCRIPT: &str = r#"# Written by kari agent; an edit is overwritten.
+mirror=$1 tree=$2 commit=$3
 shift 3
 "$@"
 tab=$(printf '\t')
@@ -178,6 +180,12 @@ submodules() (
 submodules "$commit" '' 0
 rm -f /tmp/kari-links*
 "#;
+
+/// The name of [`CHECKOUT_SCRIPT`] in the folder of the mirrors.
+pub const CHECKOUT_FILE: &str = "checkout.sh";
+
+/// Where it is in the jail.
+const CHECKOUT_PATH: &str = "/var/lib/kari/checkout";
 
 /// Seconds in which a checkout without a build must be done.
 const CHECKOUT_TIMEOUT_SECONDS: u32 = 900;
@@ -229,8 +237,8 @@ pub fn build_step(spec: &BuildSpec<'_>) -> Result<StepSpec, UnitError> {
     .map(str::to_owned);
     let mut checkout = environment.to_vec();
     if submodules {
-        let words = ["/bin/sh", "-euc", SUBMODULES_SCRIPT, "checkout"];
-        checkout.extend(words.map(str::to_owned));
+        let script = ["/bin/sh", "-eu", CHECKOUT_PATH];
+        checkout.extend(script.map(str::to_owned));
         checkout.extend([MIRROR_PATH, APP_PATH, commit.as_str()].map(str::to_owned));
     }
     checkout.extend(git);
@@ -271,6 +279,10 @@ pub fn build_step(spec: &BuildSpec<'_>) -> Result<StepSpec, UnitError> {
         before: vec![],
         command: checkout.clone(),
     };
+    if submodules {
+        let script = mirror.with_file_name(CHECKOUT_FILE);
+        step.read_only.push((script, CHECKOUT_PATH.to_owned()));
+    }
     if let Some(build) = build {
         step.timeout_seconds = build.timeout_seconds;
         step.limits = build_limits(build)?;

@@ -199,7 +199,13 @@ pub async fn watch_disk(node: Arc<Node>) {
                 node.collect.notify_one();
             }
             Some(_) => {}
-            None => hastened = None,
+            None => {
+                if hastened.take().is_some() {
+                    info!("there is room on the disk again");
+                    node.collect.notify_one();
+                    node.wake_all();
+                }
+            }
         }
         if let Some(message) = disk.and_then(|disk| disk.severe_shortage(&DiskReserve::DEFAULT)) {
             stop_writers(&node, &builds, &message).await;

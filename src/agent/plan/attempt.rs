@@ -276,17 +276,20 @@ const PRESSURE_INTERVAL: Duration = Duration::from_secs(15);
 /// There is a tree; units and ports have to be chosen.
 pub(super) fn choose(observed: &Observed, attempt: &AttemptRecord) -> Next {
     if let Some((host, app)) = observed.host.conflicts.first() {
+        let more = match observed.host.conflicts.len() {
+            1 => String::new(),
+            count => format!(" (and {} more)", count - 1),
+        };
         let message = format!(
-            "host {host} is served by {}/{} on this node: take it out of one of the two Deployments",
+            "host {host}{more} belongs to the Deployment {}/{} on this node: take it out of one of the two; this one goes on by itself when it is free",
             app.namespace(),
             app.name()
         );
-        let mut next = Next::wait(Progress::HeldUp(
+        // Who gives a host up wakes those that wait for it.
+        return Next::wait(Progress::HeldUp(
             Phase::Starting,
             failure(Reason::RouteConflict, message),
         ));
-        next.wake = Some(observed.now + PRESSURE_INTERVAL);
-        return next;
     }
     let applied: &[ProcessRecord] = committed(observed).map_or(&[], |release| &release.processes);
     let keep = applied

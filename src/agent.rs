@@ -10,6 +10,7 @@
 //! them; without the API everything goes on but the reports.
 
 mod apply;
+mod claims;
 mod collect;
 pub mod control;
 mod guard;
@@ -25,6 +26,16 @@ mod status;
 mod view;
 mod wanted;
 mod watch;
+
+/// What the simulation of both sides takes from this one.
+#[cfg(test)]
+pub(crate) mod testing {
+    pub use super::plan::plan;
+    pub use super::plan::simulation::{Fate, World};
+    pub use super::status::status;
+    pub use super::view::Wanted;
+    pub use super::wanted::wanted;
+}
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -180,6 +191,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         config.build_slots,
     ));
     resume_builds(&node).await?;
+    node.restore_claims();
     let (annotate, annotations) = latest::channel(BTreeMap::new());
     host_ready.open();
     info!(node = %config.node_name, systemd = systemd_version, limits = ?node.limits.by_name(), "the agent is up");
@@ -203,7 +215,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
             watch::files(Arc::clone(&node), Path::new(UNIT_FOLDER)),
             mirrors.run(),
             guard::keep_node(Arc::clone(&node), annotate, systemd_version, KEEP_INTERVAL),
-            guard::watch_builds(Arc::clone(&node)),
+            guard::watch_disk(Arc::clone(&node)),
+            guard::collect_node(Arc::clone(&node)),
             guard::empty_trash(Arc::clone(&node)),
             control::listen(Arc::clone(&node)),
         )

@@ -54,7 +54,7 @@ fn good() -> Value {
                 "terminationGracePeriodSeconds": 30,
                 "stateDirectory": true,
                 "sandbox": {"writablePaths": ["/srv/shop"], "addressFamilies": ["AF_INET"], "capabilities": ["CAP_NET_BIND_SERVICE"], "deny": ["JIT"]},
-                "route": {"hosts": ["shop.example.com"]},
+                "route": {"hosts": ["shop.example.com"], "path": "/shop"},
             }],
             "strategy": {"switch": "BlueGreen", "maxUnavailable": 1, "minReadySeconds": 10, "progressDeadlineSeconds": 1800},
             "deletionPolicy": "Orphan",
@@ -101,6 +101,7 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
     let git = |field: &str, value: Value| with(&format!("{GIT}/{field}"), value);
     let mut second = good().pointer(PROCESS).cloned().expect("a process");
     second["name"] = json!("worker");
+    let route_path = |path: &str| process("route", json!({"hosts": ["a.test"], "path": path}));
     let sandbox = |value: Value| with(&format!("{PROCESS}/sandbox"), value);
     let caches = |value: Value| with("/spec/build/cacheDirectories", value);
     vec![
@@ -416,9 +417,9 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
             "Duplicate value",
         ),
         (
-            "two processes with one host",
+            "two processes with one host and one path",
             with("/spec/processes/1", second),
-            "two processes route the same host",
+            "two processes route the same host with the same path",
         ),
         (
             "a process name in capitals",
@@ -573,6 +574,46 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
             "should have at least 1 items",
         ),
         (
+            "a path that is relative",
+            route_path("shop"),
+            "route.path in body should match",
+        ),
+        (
+            "a path that is a rule of nginx",
+            route_path("/a { return 200 x; }"),
+            "route.path in body should match",
+        ),
+        (
+            "a path with an escape",
+            route_path("/a%2fb"),
+            "route.path in body should match",
+        ),
+        (
+            "a path that goes up",
+            route_path("/a/../b"),
+            "must not have '.' or '..' parts",
+        ),
+        (
+            "a path with an empty part",
+            route_path("/a//b"),
+            "must not end with '/' or have '//'",
+        ),
+        (
+            "a path with a slash at the end",
+            route_path("/a/"),
+            "must not end with '/' or have '//'",
+        ),
+        (
+            "a path of Kari's own",
+            route_path("/.well-known/kari"),
+            "/.well-known/kari is Kari's own",
+        ),
+        (
+            "a path of 257 characters",
+            route_path(&format!("/{}", "a".repeat(256))),
+            "Too long",
+        ),
+        (
             "a way to switch that there is not",
             with("/spec/strategy/switch", json!("Canary")),
             "Unsupported value: \"Canary\"",
@@ -696,6 +737,34 @@ fn accepted() -> Vec<(&'static str, Value)> {
             "a variable with a name alone",
             with("/spec/env/0", json!({"name": "LOG"})),
         ),
+        (
+            "a path of everything",
+            with(
+                &format!("{PROCESS}/route"),
+                json!({"hosts": ["a.test"], "path": "/"}),
+            ),
+        ),
+        ("two processes that share a host", {
+            let mut second = good().pointer(PROCESS).cloned().expect("a process");
+            second["name"] = json!("api");
+            second["route"]["path"] = json!("/shop/api");
+            with("/spec/processes/1", second)
+        }),
+        ("16 processes that share 16 hosts", {
+            let hosts: Vec<_> = (0..16)
+                .map(|n| format!("{}{n:02}", "a".repeat(61)))
+                .collect();
+            let mut manifest = good();
+            let process = |n: usize| {
+                let mut process = good().pointer(PROCESS).cloned().expect("a process");
+                process["name"] = json!(format!("p{n}"));
+                process["route"] =
+                    json!({"hosts": hosts, "path": format!("/{}{n:02}", "a".repeat(253))});
+                process
+            };
+            manifest["spec"]["processes"] = (0..16).map(process).collect();
+            manifest
+        }),
         (
             "an environment value of several lines",
             with("/spec/env/0/value", json!("a\n$b\t\"c\" %d")),

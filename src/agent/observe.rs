@@ -12,7 +12,7 @@ use super::host::jail::Setting;
 use super::host::mirror::MirrorState;
 use super::host::port::{self, PortError};
 use super::host::probe::{self, Action, Check, ProbeError, ProbeKind, exec};
-use super::host::proxy::{DRAIN_LIMIT, HostName, ProxyError};
+use super::host::proxy::{DRAIN_LIMIT, ProxyError};
 use super::host::records::{
     AppliedRecord, AttemptRecord, BuildKey, ProcessRecord, RecordedFailure,
 };
@@ -77,11 +77,19 @@ pub async fn observe(node: &Arc<Node>, app: &AppName) -> Result<Observed, Observ
         let is_bound = rewind_base(attempt, applied.as_ref()).is_some();
         needs_tree.is_some() || (is_bound && attempt.processes.is_empty())
     });
-    let source = source(node, app, &memory, needs_source, applied.as_ref());
     let disk_pressure = match needs_tree {
         Some(_) => node.store.disk()?.shortage(&DiskReserve::DEFAULT),
         None => None,
     };
+    let may_fetch = disk_pressure.is_none();
+    let source = source(
+        node,
+        app,
+        &memory,
+        needs_source,
+        applied.as_ref(),
+        may_fetch,
+    );
     let is_held_up = lock(&memory)
         .held_up
         .as_ref()
@@ -90,7 +98,7 @@ pub async fn observe(node: &Arc<Node>, app: &AppName) -> Result<Observed, Observ
     let slot = slot(node, app, &builds, may_build, source.as_ref());
     let conflicts = match trying {
         Some(attempt) if needs_tree.is_none() && attempt.processes.is_empty() => {
-            node.claim(app, &hosts_of(attempt), &node.proxy.hosts()?)
+            node.claim_hosts(attempt, applied.as_ref())?
         }
         Some(_) | None => vec![],
     };
@@ -161,17 +169,6 @@ fn trees(
         .iter()
         .map(|attempt| attempt.build_key.clone())
         .filter(|key| folder.has_build(key))
-        .collect()
-}
-
-fn hosts_of(attempt: &AttemptRecord) -> Vec<HostName> {
-    let processes = &attempt.wish.template.processes;
-    let routes = processes
-        .iter()
-        .filter_map(|process| process.route.as_ref());
-    routes
-        .flat_map(|route| &route.hosts)
-        .filter_map(|host| HostName::parse(host).ok())
         .collect()
 }
 
@@ -257,6 +254,7 @@ fn source(
     memory: &Mutex<Memory>,
     attempt: Option<&AttemptRecord>,
     applied: Option<&AppliedRecord>,
+    may_fetch: bool,
 ) -> Option<SourceView> {
     let want = lock(memory).want.clone();
     let Some(attempt) = attempt else {
@@ -271,6 +269,12 @@ fn source(
     }
     let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
     Some(match node.mirrors.state(app)? {
+        // It would begin by itself.
+        MirrorState::Queued { .. } | MirrorState::Failed { .. } if !may_fetch => {
+            lock(memory).want = None;
+            node.mirrors.unwant(app);
+            return None;
+        }
         MirrorState::Ready { mirror: _ } => SourceView::Ready,
         MirrorState::Queued { position, of } => SourceView::Queued {
             position: number(position),

@@ -60,7 +60,7 @@ pub struct DeploymentSpec {
     pub build: Option<Build>,
     /// The services, committed together or not at all. At least one, at most 16.
     #[schemars(length(min = 1, max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
-    #[x_kube(validation = ("self.all(p, !has(p.route) || self.exists_one(q, has(q.route) && q.route.hosts.exists(h, h in p.route.hosts)))", "two processes route the same host"))]
+    #[x_kube(validation = ("self.all(p, !has(p.route) || self.exists_one(q, has(q.route) && q.route.path == p.route.path && q.route.hosts.exists(h, h in p.route.hosts)))", "two processes route the same host with the same path"))]
     pub processes: Vec<Process>,
     /// How a new revision replaces the old one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -744,10 +744,23 @@ pub enum Denial {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
 pub struct Route {
-    /// Host names, lower case; a leading `*.` stands for any one or more labels. A name belongs to one
-    /// Deployment per node.
+    /// Host names, lower case; a leading `*.` stands for any one or more labels, and a name without it goes
+    /// first. Requests are compared without regard to case. A name belongs to one Deployment per node: a
+    /// second one waits (RouteConflict) and gets it when it is free.
     #[schemars(length(min = 1, max = 16), inner(length(min = 1, max = 253), regex(pattern = r"^(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")), extend("x-kubernetes-list-type" = "set"))]
     pub hosts: Vec<String>,
+    /// How the paths of the requests begin, by whole segments: `/api` is for `/api` and `/api/x`, not for
+    /// `/apix`. Of several that fit the longest wins; the path is passed on unchanged. Processes may share a
+    /// host with different paths; where none fits, the answer is 404.
+    #[serde(default = "default_path")]
+    #[schemars(
+        length(min = 1, max = 256),
+        regex(pattern = r"^/[A-Za-z0-9._~@:+/-]*$")
+    )]
+    #[x_kube(validation = ("self == '/' || (!self.endsWith('/') && !self.contains('//'))", "must not end with '/' or have '//': /api is for /api, /api/ and all below"))]
+    #[x_kube(validation = ("!self.split('/').exists(p, p == '.' || p == '..')", "must not have '.' or '..' parts"))]
+    #[x_kube(validation = ("self != '/.well-known/kari' && !self.startsWith('/.well-known/kari/')", "/.well-known/kari is Kari's own"))]
+    pub path: String,
 }
 
 /// How a new revision replaces the old one, on a node and over the nodes.

@@ -26,6 +26,7 @@ mod fetcher;
 mod refs;
 mod schedule;
 mod step;
+mod upkeep;
 
 pub use fetcher::{MirrorError, MirrorSettings, Mirrors};
 pub use schedule::MirrorState;

@@ -5,6 +5,7 @@
 //! apps/<ns>.<name>/      everything of an app, root's alone: [`AppFolder`]
 //! proxy/                 configuration of the proxy
 //! trash/                 renamed here first, deleted later
+//! ballast                room for records on a disk that is full
 //! ```
 //!
 //! Invariants: a file is written beside its place, synced, renamed, and its
@@ -81,6 +82,17 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Whether there is no room on the disk.
+    fn is_full(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+            ),
+            Self::Record { .. } | Self::Locked { .. } | Self::Name { .. } => false,
+        }
+    }
+
     fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io {
             action,
@@ -245,6 +257,35 @@ impl Store {
     }
 }
 
+/// Bytes that are set aside for records: on a disk that is full a release can still be finished, taken back
+/// and removed, which takes some tens of KiB for an app.
+const BALLAST_BYTES: usize = 1 << 20;
+
+impl Store {
+    /// Sets room for records aside, once there is enough of it.
+    pub fn set_ballast(&self) -> Result<(), StoreError> {
+        let path = self.ballast();
+        let is_there = std::fs::metadata(&path).is_ok_and(|m| m.len() == BALLAST_BYTES as u64);
+        if is_there || self.disk()?.shortage(&DiskReserve::DEFAULT).is_some() {
+            return Ok(());
+        }
+        // Nothing that a file system could store in less room.
+        let content: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..))
+            .take(BALLAST_BYTES)
+            .collect();
+        durable::write(&path, &content, 0o600)
+    }
+
+    /// Makes that room.
+    fn drop_ballast(&self) -> Result<(), StoreError> {
+        durable::remove(&self.ballast())
+    }
+
+    fn ballast(&self) -> PathBuf {
+        self.root.join("ballast")
+    }
+}
+
 /// Space on a file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskSpace {
@@ -261,8 +302,10 @@ pub struct DiskSpace {
 /// What builds leave free on the disk. No build starts below it; below half of it the youngest is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskReserve {
-    /// Of the bytes, in percent.
+    /// Of the bytes, in percent…
     pub bytes_percent: u64,
+    /// …but no more than this many bytes: what a build can write between two looks does not grow with the disk.
+    pub bytes_at_most: u64,
     /// At least this many bytes…
     pub bytes_at_least: u64,
     /// …but never more than this many percent, so that a small disk is usable.
@@ -275,6 +318,7 @@ impl DiskReserve {
     /// A build can write a gigabyte between two looks at the disk, hence gigabytes.
     pub const DEFAULT: Self = Self {
         bytes_percent: 5,
+        bytes_at_most: 10 << 30,
         bytes_at_least: 5 << 30,
         bytes_at_least_percent: 10,
         inodes_percent: 5,
@@ -295,21 +339,21 @@ impl DiskSpace {
     fn shortage_below(&self, reserve: &DiskReserve, divisor: u64) -> Option<String> {
         const MIB: u64 = 1 << 20;
         let percent_of = |percent: u64, all: u64| all / 100 * percent;
-        let bytes = percent_of(reserve.bytes_percent, self.bytes).max(
-            reserve
-                .bytes_at_least
-                .min(percent_of(reserve.bytes_at_least_percent, self.bytes)),
-        ) / divisor;
+        let share = percent_of(reserve.bytes_percent, self.bytes).min(reserve.bytes_at_most);
+        let least = reserve
+            .bytes_at_least
+            .min(percent_of(reserve.bytes_at_least_percent, self.bytes));
+        let bytes = share.max(least) / divisor;
         let inodes = percent_of(reserve.inodes_percent, self.inodes) / divisor;
         if self.bytes_free < bytes {
             Some(format!(
-                "{} MiB are free on the disk, and builds leave {} MiB",
+                "{} MiB are free on the disk of {ROOT}, and {} MiB are to stay free of what is fetched and built: make room there",
                 self.bytes_free / MIB,
-                bytes / MIB
+                bytes.div_ceil(MIB)
             ))
         } else if self.inodes_free < inodes {
             Some(format!(
-                "{} inodes are free on the disk, and builds leave {inodes}",
+                "{} inodes are free on the disk of {ROOT}, and {inodes} are to stay free of what is fetched and built: make room there",
                 self.inodes_free
             ))
         } else {
@@ -403,9 +447,11 @@ mod tests {
             inodes_free: 500,
         };
         for (space, short, severe) in [
-            (space(1000, 60), false, false), // 5 % are 50 GiB
-            (space(1000, 40), true, false),
-            (space(1000, 20), true, true),
+            (space(1000, 11), false, false), // 5 % are 50 GiB, but 10 GiB are enough
+            (space(1000, 9), true, false),
+            (space(1000, 4), true, true),
+            (space(160, 9), false, false), // 5 % are 8 GiB
+            (space(160, 7), true, false),
             (space(60, 6), false, false), // at least 5 GiB
             (space(60, 4), true, false),
             (space(10, 2), false, false), // but at most a tenth

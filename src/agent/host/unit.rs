@@ -157,6 +157,9 @@ pub fn app_patterns(app: &AppName) -> [String; 2] {
 /// Matches the loaded units of all builds.
 pub const BUILD_PATTERN: &str = "kari-build.*";
 
+/// Matches the loaded units of all fetches.
+pub const FETCH_PATTERN: &str = "kari-fetch.*";
+
 /// The build step of a release. Another try has another name, so that a result is never taken for
 /// another try's.
 pub fn build_unit_name(app: &AppName, release_id: &ReleaseId, build_try: u32) -> String {

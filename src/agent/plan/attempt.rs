@@ -7,7 +7,7 @@ use super::recreate::{BeforeSwitch, before_switch, make_way, recreates};
 use super::traffic::{Traffic, attempt_virtual_host, traffic};
 use super::{
     BUILD_TRIES, Plan, Progress, Step, build_unit, committed, failure, phase_of, record_commit,
-    unit_names, waiting,
+    taking_back, unit_names, waiting,
 };
 use crate::agent::host::records::{
     AttemptRecord, Outcome, ProcessRecord, RecordedFailure, StepResult,
@@ -102,7 +102,7 @@ impl Next {
         };
         Self {
             steps: vec![Step::WriteAttempt(Box::new(ended))],
-            progress: Progress::Failed(failure),
+            progress: taking_back(observed, attempt, &failure),
             wake: None,
         }
     }
@@ -225,12 +225,7 @@ pub(super) fn start_build(observed: &Observed, attempt: &AttemptRecord) -> Next 
     }
     let host = &observed.host;
     if let Some(message) = &host.disk_pressure {
-        let mut next = Next::wait(Progress::HeldUp(
-            Phase::Building,
-            failure(Reason::DiskPressure, message.clone()),
-        ));
-        next.wake = Some(observed.now + PRESSURE_INTERVAL);
-        return next;
+        return pressed(observed, Phase::Building, message);
     }
     match host.slot {
         SlotView::Granted => Next::step(Step::StartBuild, Phase::Building, "the build starts"),
@@ -244,26 +239,35 @@ pub(super) fn start_build(observed: &Observed, attempt: &AttemptRecord) -> Next 
 
 /// Nothing when the mirror has the commit, and it will do.
 fn fetch(observed: &Observed, attempt: &AttemptRecord) -> Option<Next> {
-    match &observed.host.source {
-        None => Some(Next::step(
+    match (&observed.host.source, &observed.host.disk_pressure) {
+        (None, Some(message)) => Some(pressed(observed, Phase::Fetching, message)),
+        (None, None) => Some(Next::step(
             Step::WantCommit,
             Phase::Fetching,
             "the commit is being fetched",
         )),
-        Some(SourceView::Queued { position, of }) => Some(Next::wait(Progress::Queued {
+        (Some(SourceView::Queued { position, of }), _) => Some(Next::wait(Progress::Queued {
             position: *position,
             of: *of,
         })),
-        Some(SourceView::Fetching) => Some(Next::wait(Progress::At(
+        (Some(SourceView::Fetching), _) => Some(Next::wait(Progress::At(
             Phase::Fetching,
             format!("{} is being fetched", attempt.wish.commit.short()),
         ))),
-        Some(SourceView::Failed(failure)) => Some(Next::wait(Progress::HeldUp(
+        (Some(SourceView::Failed(failure)), _) => Some(Next::wait(Progress::HeldUp(
             Phase::Fetching,
             failure.clone(),
         ))),
-        Some(SourceView::Ready) => None,
+        (Some(SourceView::Ready), _) => None,
     }
+}
+
+/// Neither a fetch nor a build begins on a disk that lacks its reserve.
+fn pressed(observed: &Observed, phase: Phase, message: &str) -> Next {
+    let failure = failure(Reason::DiskPressure, message.to_owned());
+    let mut next = Next::wait(Progress::HeldUp(phase, failure));
+    next.wake = Some(observed.now + PRESSURE_INTERVAL);
+    next
 }
 
 /// How often a full disk is looked at again.
@@ -272,17 +276,20 @@ const PRESSURE_INTERVAL: Duration = Duration::from_secs(15);
 /// There is a tree; units and ports have to be chosen.
 pub(super) fn choose(observed: &Observed, attempt: &AttemptRecord) -> Next {
     if let Some((host, app)) = observed.host.conflicts.first() {
+        let more = match observed.host.conflicts.len() {
+            1 => String::new(),
+            count => format!(" (and {} more)", count - 1),
+        };
         let message = format!(
-            "host {host} is served by {}/{} on this node: take it out of one of the two Deployments",
+            "host {host}{more} belongs to the Deployment {}/{} on this node: take it out of one of the two; this one goes on by itself when it is free",
             app.namespace(),
             app.name()
         );
-        let mut next = Next::wait(Progress::HeldUp(
+        // Who gives a host up wakes those that wait for it.
+        return Next::wait(Progress::HeldUp(
             Phase::Starting,
             failure(Reason::RouteConflict, message),
         ));
-        next.wake = Some(observed.now + PRESSURE_INTERVAL);
-        return next;
     }
     let applied: &[ProcessRecord] = committed(observed).map_or(&[], |release| &release.processes);
     let keep = applied

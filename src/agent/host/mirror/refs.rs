@@ -155,14 +155,18 @@ fn unlink(mirror: &Path, path: &str) -> io::Result<bool> {
     }
 }
 
-/// Whether any app's commit is held.
-pub(super) fn holds_any(mirror: &Path) -> io::Result<bool> {
+/// The apps whose commits are held.
+pub(super) fn holders(mirror: &Path) -> io::Result<Vec<AppName>> {
+    let mut holders = Vec::new();
     for namespace in entries(mirror, "refs/kari")? {
-        if !entries(mirror, &format!("refs/kari/{namespace}"))?.is_empty() {
-            return Ok(true);
-        }
+        let names = entries(mirror, &format!("refs/kari/{namespace}"))?;
+        holders.extend(
+            names
+                .iter()
+                .filter_map(|name| AppName::new(&namespace, name).ok()),
+        );
     }
-    Ok(false)
+    Ok(holders)
 }
 
 fn entries(mirror: &Path, folder: &str) -> io::Result<Vec<String>> {
@@ -259,7 +263,7 @@ mod tests {
         let mirror = tempfile::tempdir()?;
         let (shop, blog) = (app("web.shop"), app("web.blog"));
         assert_eq!(held(mirror.path(), &shop)?, None);
-        assert!(!holds_any(mirror.path())?);
+        assert_eq!(holders(mirror.path())?, []);
         fs::create_dir_all(mirror.path().join("refs/kari/web"))?;
         fs::write(
             mirror.path().join("refs/kari/web/shop"),
@@ -273,9 +277,9 @@ mod tests {
         assert_eq!(held(mirror.path(), &blog)?, None);
         assert!(release(mirror.path(), &shop)?);
         assert!(!release(mirror.path(), &shop)?);
-        assert!(holds_any(mirror.path())?);
+        assert_eq!(holders(mirror.path())?, std::slice::from_ref(&blog));
         assert!(release(mirror.path(), &blog)?);
-        assert!(!holds_any(mirror.path())?);
+        assert_eq!(holders(mirror.path())?, []);
         Ok(())
     }
 

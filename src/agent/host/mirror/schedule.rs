@@ -237,6 +237,13 @@ impl Schedule {
             .is_some_and(|mirror| !mirror.wants.is_empty())
     }
 
+    /// Whether an app wants something of the mirror.
+    pub fn is_wanted_by(&self, key: &MirrorKey, app: &AppName) -> bool {
+        self.mirrors
+            .get(key)
+            .is_some_and(|mirror| mirror.wants.contains_key(app))
+    }
+
     /// Whether a fetch runs.
     pub fn is_running(&self) -> bool {
         self.mirrors.values().any(|mirror| mirror.running.is_some())

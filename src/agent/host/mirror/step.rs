@@ -30,6 +30,12 @@ const MOST_SUBMODULES: u32 = 256;
 /// How deep submodules may be within each other.
 const DEEPEST_SUBMODULE: u32 = 8;
 
+/// Seconds that the upkeep of a mirror may take: a pack of some gigabytes is written anew.
+const UPKEEP_TIMEOUT_SECONDS: u32 = 1200;
+
+/// Where the script of the upkeep is in the jail.
+const UPKEEP_SCRIPT_PATH: &str = "/var/lib/kari/upkeep";
+
 /// Where the script is in the jail.
 const FETCH_SCRIPT_PATH: &str = "/var/lib/kari/fetch";
 
@@ -40,6 +46,32 @@ pub(super) struct Hold {
     pub app: AppName,
     /// What it wants.
     pub want: Want,
+}
+
+/// The upkeep of a mirror, which reads and writes it alone.
+pub(super) fn upkeep_step(paths: Paths, user: &str, tool_path: &str) -> StepSpec {
+    let Paths {
+        mirror,
+        script,
+        log,
+    } = paths;
+    StepSpec {
+        description: "Kari: bring a mirror in order".to_owned(),
+        user: user.to_owned(),
+        timeout_seconds: UPKEEP_TIMEOUT_SECONDS,
+        limits: FETCH_LIMITS,
+        network: false,
+        environment: environment(Transport::Https, tool_path),
+        environment_file: None,
+        read_only: vec![(script, UPKEEP_SCRIPT_PATH.to_owned())],
+        writable: vec![(mirror, MIRROR_PATH.to_owned())],
+        working_directory: "/".to_owned(),
+        log,
+        before: vec![],
+        command: ["/bin/sh", "-eu", UPKEEP_SCRIPT_PATH, MIRROR_PATH]
+            .map(str::to_owned)
+            .to_vec(),
+    }
 }
 
 /// Whether the mirror is looked through first.
@@ -240,7 +272,7 @@ case $url in http://*|git://*) insecure=yes ;; *) insecure=no ;; esac
 tab=$(printf '\t')
 
 # Whoever left them is gone: this unit's name is held by one process at a time.
-find "$mirror" -name '*.lock' -type f -delete
+find "$mirror" \( -name '*.lock' -o -name 'tmp_*' \) -type f -delete
 init() { git init --quiet --bare --template= --object-format="$format"; }
 if [ "$mode" = check ]; then
     init && git fsck --no-dangling --no-progress || exit 21

@@ -671,10 +671,24 @@ async fn submodules_and_theirs_come_into_the_mirror_and_are_checked_out() {
         .map(read),
         ["one\n", "one\n", "salt\n", "salt\n"]
     );
+    // They are there as long as the commit is.
+    let mirror = node.mirror(&url);
+    let git = |words: &str| {
+        sh(&format!(
+            "GIT_CONFIG_GLOBAL=/dev/null git -c safe.directory='*' --git-dir={} {words}",
+            mirror.display()
+        ))
+    };
+    git("repack -a -d --quiet");
+    git("prune --expire=now");
+    let tree = node.check_out(&app, &url, &bread, true).await;
+    assert!(tree.join("flour/in/grain/file").exists());
     // One unit for it all, and none while nothing is missing.
     assert_eq!(Node::starts(&url), 2);
     let app = node.want_more("web.bread", &url, &plain, None, true);
     node.until_ready(&app).await;
+    let left = git("for-each-ref refs/submodules/web/bread/");
+    assert_eq!(left, "", "held for a commit that is not wanted any more");
 
     // A commit that a submodule's repository does not have is said to be missing there.
     let absent = commit_links(

@@ -421,7 +421,6 @@ submodules() (
         :*) refuse submodules "$place$path: the url $given is none of https://host/path, ssh://[user@]host/path, user@host:path, http://host/path, git://host/path, and not relative" ;;
         http:https:no|git:no) refuse submodules "$place$path: the url $target is insecure, and the repository's own is not" ;;
         esac
-        refs=refs/submodules/$(printf '%s' "$target" | git hash-object --stdin)
         about="submodule $place$path, $target: "
         if ! has "$sub"; then
             export GIT_ALLOW_PROTOCOL="$speaks"
@@ -429,7 +428,7 @@ submodules() (
             bring "$about" "$target" "$sub" || code=$?
             case $code in
             0) ;;
-            10) bring_all "$target" "$refs/all/" ;;
+            10) bring_all "$target" "refs/other/$(printf '%s' "$target" | git hash-object --stdin)/" ;;
             *) exit $code ;;
             esac
             has "$sub" || {
@@ -437,8 +436,8 @@ submodules() (
                 exit 20
             }
         fi
-        # What the next fetch need not bring again.
-        git update-ref "$refs/held/$app" "$sub"
+        git update-ref "refs/submodules/$app/$sub" "$sub"
+        printf '%s\n' "refs/submodules/$app/$sub" >>"$scratch/held"
         submodules "$sub" "$target" $((depth + 1)) "$place$path/"
     done 3<"$links"
 )
@@ -485,6 +484,7 @@ while [ $# -gt 0 ]; do
         continue
     fi
     rm -f "$scratch/count" "$scratch/refused"
+    : >"$scratch/held"
     # Not in a condition, in which a failure would not end it.
     set +e
     (
@@ -507,6 +507,10 @@ while [ $# -gt 0 ]; do
     cp "$scratch/finding" "$mirror/findings/${app%/*}/.new"
     mv "$mirror/findings/${app%/*}/.new" "$mirror/findings/$app"
     git update-ref "refs/kari/$app" "$commit"
+    # What earlier commits of the app had.
+    git for-each-ref --format='%(refname)' "refs/submodules/$app/" | while IFS= read -r ref; do
+        grep -qxF "$ref" "$scratch/held" || git update-ref -d "$ref"
+    done
 done
 
 # Many small packs make every look-up slow.

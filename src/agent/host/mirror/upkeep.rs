@@ -29,6 +29,11 @@ const SCRIPT: &str = r#"# Written by kari agent; an edit is overwritten.
 # Puts what is referred to into one pack, and lets go of the rest.
 cd "$1"
 find . \( -name '*.lock' -o -name 'tmp_*' \) -type f -delete
+git for-each-ref --format='%(refname)' refs/submodules/ | while IFS= read -r ref; do
+    app=${ref#refs/submodules/}
+    # Of an app that is gone.
+    [ -e "refs/kari/${app%/*}" ] || git update-ref -d "$ref"
+done
 git repack -a -d --quiet
 git prune --expire=now
 "#;

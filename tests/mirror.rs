@@ -376,6 +376,8 @@ async fn apps_share_a_fetch_and_a_further_commit_is_fetched_into_the_same_mirror
 async fn many_packs_become_one_and_what_is_held_for_nobody_goes() {
     in_node!();
     let node = Node::new(2).await;
+    // What other tests have left.
+    node.mirrors.collect(&[].into()).await.unwrap();
     let (url, first) = repository("upkeep");
     let (moved, other) = repository("moved");
     let _server = Server::start().await;

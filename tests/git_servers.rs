@@ -240,6 +240,7 @@ async fn every_kind_of_server_is_read_by_the_controller_and_by_the_node() {
     let mut manifest = worker("secure", &urls[0].1);
     manifest["spec"]["source"]["git"]["submodules"] = json!(true);
     space.apply(&manifest).await;
+    space.request_look("secure").await;
     let message = says(&space, "secure", "Stalled", "InvalidSpec", LIMIT).await;
     assert!(
         message.contains("insecure") && message.contains(&library.url),

@@ -16,7 +16,7 @@ use tracing::{info, warn};
 
 use super::refs;
 use super::schedule::{Action, MirrorState, Schedule, Seen, Start, Unit};
-use super::step::{Paths, SCRIPT, fetch_step};
+use super::step::{KNOWN_HOSTS, KNOWN_HOSTS_PATH, Paths, SCRIPT, fetch_step};
 use super::{MirrorKey, Want};
 use crate::agent::host::store::{self, Store, StoreError, write_durably};
 use crate::agent::host::systemd::{Systemd, SystemdError};
@@ -310,7 +310,7 @@ impl Mirrors {
             script,
             log,
         };
-        let step = fetch_step(
+        let mut step = fetch_step(
             source,
             paths,
             &settings.user,
@@ -318,6 +318,11 @@ impl Mirrors {
             *mode,
             holds,
         );
+        // Without it no host is known.
+        if Path::new(KNOWN_HOSTS).exists() {
+            let place = (PathBuf::from(KNOWN_HOSTS), KNOWN_HOSTS_PATH.to_owned());
+            step.read_only.push(place);
+        }
         info!(mirror = key.as_str(), url = %source, commits = holds.len(), "fetching");
         let mut upkeep = self.inner.upkeep.lock().await;
         if upkeep.as_ref() == Some(key) {

@@ -36,6 +36,12 @@ const UPKEEP_TIMEOUT_SECONDS: u32 = 1200;
 /// Where the script of the upkeep is in the jail.
 const UPKEEP_SCRIPT_PATH: &str = "/var/lib/kari/upkeep";
 
+/// The host keys that the node knows. The jail hides the folder, as the node's own keys are beside it.
+pub(super) const KNOWN_HOSTS: &str = "/etc/ssh/ssh_known_hosts";
+
+/// Where they are in the jail, as [`SSH`] has it.
+pub(super) const KNOWN_HOSTS_PATH: &str = "/var/lib/kari/known_hosts";
+
 /// Where the script is in the jail.
 const FETCH_SCRIPT_PATH: &str = "/var/lib/kari/fetch";
 
@@ -217,7 +223,7 @@ fn environment(transport: Transport, tool_path: &str) -> Vec<(String, String)> {
 }
 
 /// No question, no key, no host that the node's /etc/ssh/ssh_known_hosts does not know, no connection that hangs for more than a minute.
-const SSH: &str = "ssh -F none -o BatchMode=yes -o StrictHostKeyChecking=yes -o UserKnownHostsFile=none -o IdentitiesOnly=yes -o IdentityFile=none -o ConnectTimeout=15 -o ServerAliveInterval=15 -o ServerAliveCountMax=4";
+const SSH: &str = "ssh -F none -o BatchMode=yes -o StrictHostKeyChecking=yes -o UserKnownHostsFile=none -o GlobalKnownHostsFile=/var/lib/kari/known_hosts -o IdentitiesOnly=yes -o IdentityFile=none -o ConnectTimeout=15 -o ServerAliveInterval=15 -o ServerAliveCountMax=4";
 
 const CONFIGURATION: [(&str, &str); 16] = [
     ("core.hooksPath", "/dev/null"),
@@ -585,6 +591,12 @@ mod tests {
                 "submodules"
             ]
         );
+    }
+
+    #[test]
+    fn ssh_knows_the_hosts_that_are_bound_for_it() {
+        let option = format!("-o GlobalKnownHostsFile={KNOWN_HOSTS_PATH} ");
+        assert!(SSH.contains(&option), "{SSH}");
     }
 
     #[test]

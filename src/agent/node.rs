@@ -16,7 +16,7 @@ use super::host::limits::Limits;
 use super::host::mirror::Mirrors;
 use super::host::probe::exec::EXEC_SLOTS;
 use super::host::proxy::{HostName, Proxy};
-use super::host::store::{Store, UnitFiles};
+use super::host::store::{DiskReserve, Store, UnitFiles};
 use super::host::systemd::Systemd;
 use super::host::users::Users;
 use super::memory::Memory;
@@ -59,6 +59,8 @@ pub struct Node {
     pub client: kube::Client,
     /// The build slots.
     pub slots: Mutex<Slots>,
+    /// What fetches and builds leave free on the disk.
+    pub reserve: DiskReserve,
     /// Commands of probes that may run.
     pub probe_slots: Semaphore,
     /// One choice of ports at a time.
@@ -91,7 +93,7 @@ impl Node {
         limits: Limits,
         trigger: Trigger<AppName>,
         (client, releases): (kube::Client, Reflected<DeserializeGuard<Release>>),
-        build_slots: usize,
+        (build_slots, reserve): (usize, DiskReserve),
     ) -> Self {
         Self {
             name,
@@ -109,6 +111,7 @@ impl Node {
             listed: AtomicBool::new(false),
             client,
             slots: Mutex::new(Slots::new(build_slots)),
+            reserve,
             probe_slots: Semaphore::new(EXEC_SLOTS),
             choosing: tokio::sync::Mutex::new(()),
             claims: Mutex::new(BTreeMap::new()),

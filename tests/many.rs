@@ -18,7 +18,7 @@ use futures::future::join_all;
 use kari::api::Release;
 use kube::runtime::{WatchStreamExt, watcher};
 use serde_json::{Value, json};
-use support::{DEPLOY_LIMIT, LIMIT, Space, app, folder, until};
+use support::{DEPLOY_LIMIT, LIMIT, Space, app, folder, is, text_of, until};
 use testbed::{Part, Repository, Signal, Testbed};
 
 const NODE: &str = "n1";
@@ -52,13 +52,9 @@ async fn thirty_deployments_and_thirty_pushes_at_once_share_the_slots_and_nothin
     .await;
     let second = pushed.await.expect("the pushes");
     join_all(names.iter().map(|name| space.request_look(name))).await;
-    join_all(
-        names
-            .iter()
-            .zip(&second)
-            .map(|(name, repository)| space.ready_at(name, &repository.commit)),
-    )
-    .await;
+    let commits = second.iter().map(|repository| repository.commit.as_str());
+    let wanted: BTreeMap<&str, &str> = names.iter().map(String::as_str).zip(commits).collect();
+    all_ready_at(&space, &wanted).await;
     println!(
         "{COUNT} Deployments and pushes: all Ready after {:?}",
         begun.elapsed()
@@ -369,13 +365,39 @@ async fn time_of(space: &Space, names: &[String]) -> Duration {
         async move { space.apply(&app::with_build(manifest, "sleep 0.4")).await }
     }))
     .await;
-    join_all(
-        names
-            .iter()
-            .map(|name| space.ready_at(name, &repository.commit)),
-    )
-    .await;
+    let wanted = names
+        .iter()
+        .map(|name| (name.as_str(), repository.commit.as_str()));
+    all_ready_at(space, &wanted.collect()).await;
     begun.elapsed()
+}
+
+/// Waits until every Deployment is Ready at its commit, by one list at a time: a look at each would be most of
+/// what the machine has to do.
+async fn all_ready_at(space: &Space, wanted: &BTreeMap<&str, &str>) {
+    let api = space.deployments();
+    until("all are Ready", DEPLOY_LIMIT, || async {
+        let list = api.list(&Default::default()).await;
+        let list = list.map_err(|error| vec![error.to_string()])?;
+        let waiting = list.iter().filter(|deployment| {
+            let name = deployment.metadata.name.as_deref().unwrap_or_default();
+            let Some(status) = &deployment.status else {
+                return true;
+            };
+            let commit = status.source.as_ref().map(|source| source.commit.as_str());
+            commit != wanted.get(name).copied()
+                || !is(&status.conditions, "Ready", "True")
+                || !is(&status.conditions, "Reconciling", "False")
+                || Some(status.observed_generation) != deployment.metadata.generation
+        });
+        let waiting: Vec<String> = waiting.map(|d| text_of(&d.status)).collect();
+        if waiting.is_empty() && list.items.len() == wanted.len() {
+            Ok(())
+        } else {
+            Err(waiting)
+        }
+    })
+    .await;
 }
 
 /// Deletes the Deployments of a namespace, and waits until the node has none of it.

@@ -57,7 +57,7 @@ use self::host::mirror::{MirrorSettings, Mirrors};
 use self::host::probe;
 use self::host::proxy::{Proxy, ProxySettings};
 use self::host::slices::{self, SlicesError};
-use self::host::store::{Store, StoreError, UNIT_FOLDER, UnitFiles};
+use self::host::store::{DiskReserve, Store, StoreError, UNIT_FOLDER, UnitFiles};
 use self::host::systemd::{ActiveState, HostEvent, Systemd, SystemdError};
 use self::host::unit::{self, OwnUnit};
 use self::host::users::{self, Users, UsersError};
@@ -108,6 +108,8 @@ pub struct Config {
     pub fetch_slots: usize,
     /// Builds at once.
     pub build_slots: usize,
+    /// What fetches and builds leave free on the disk.
+    pub disk_reserve: DiskReserve,
     /// Uids that apps may have.
     pub uid_range: RangeInclusive<u32>,
     /// Ports that processes may have.
@@ -188,7 +190,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         host.limits,
         trigger,
         (client.clone(), releases),
-        config.build_slots,
+        (config.build_slots, config.disk_reserve),
     ));
     resume_builds(&node).await?;
     node.restore_claims();

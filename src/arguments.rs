@@ -142,6 +142,17 @@ pub struct AgentArguments {
     #[arg(long, env = "KARI_BUILD_SLOTS", default_value = "2")]
     pub build_slots: NonZeroU16,
 
+    /// How many MiB of /var/lib/kari's disk are to stay free of what is fetched
+    /// and built, at most: it is 5 % of the disk, at least 5 GiB, but no more
+    /// than a tenth.
+    #[arg(
+        long,
+        env = "KARI_DISK_RESERVE_MIB",
+        default_value = "10240",
+        value_name = "MIB"
+    )]
+    pub disk_reserve_mib: u32,
+
     /// The user ids that apps may be given; nothing else on the node may use them.
     #[arg(
         long,

@@ -4,6 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
+use kari::agent::host::store::DiskReserve;
 use kari::api::names::NodeName;
 use kari::arguments::{
     AgentArguments, AgentCommand, AgentRequest, Arguments, Command, ControllerArguments,
@@ -87,6 +88,7 @@ fn agent_config(arguments: AgentArguments, client: kube::Config) -> agent::Confi
         listen,
         fetch_slots,
         build_slots,
+        disk_reserve_mib,
         uid_range,
         port_range,
     } = arguments;
@@ -99,6 +101,7 @@ fn agent_config(arguments: AgentArguments, client: kube::Config) -> agent::Confi
         listen,
         fetch_slots: usize::from(fetch_slots.get()),
         build_slots: usize::from(build_slots.get()),
+        disk_reserve: DiskReserve::of_at_most(u64::from(disk_reserve_mib) << 20),
         uid_range: uid_range.first..=uid_range.last,
         port_range: port_range.first..=port_range.last,
     }

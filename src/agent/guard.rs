@@ -12,7 +12,7 @@ use tracing::{info, warn};
 use super::host::mirror::{MirrorError, SourceUrl};
 use super::host::proxy;
 use super::host::records::RecordedFailure;
-use super::host::store::{DiskReserve, LOG_LIMIT_BYTES, StoreError};
+use super::host::store::{LOG_LIMIT_BYTES, StoreError};
 use super::host::systemd::{ActiveState, UnitState};
 use super::host::unit::{self, OwnUnit};
 use super::node::{Node, monotonic};
@@ -154,7 +154,7 @@ pub async fn collect_node(node: Arc<Node>) {
             warn!("mirrors cannot be collected: {error}");
         }
         node.trash.notify_one();
-        if let Err(error) = node.store.set_ballast() {
+        if let Err(error) = node.store.set_ballast(&node.reserve) {
             warn!(
                 "no room can be set aside for records: {}",
                 error_chain(&error)
@@ -223,7 +223,7 @@ pub async fn watch_disk(node: Arc<Node>) {
             }
         }
         let disk = node.store.disk().ok();
-        let shortage = disk.and_then(|disk| disk.shortage(&DiskReserve::DEFAULT));
+        let shortage = disk.and_then(|disk| disk.shortage(&node.reserve));
         node.short_of_room
             .store(shortage.is_some(), Ordering::Relaxed);
         match &shortage {
@@ -242,7 +242,7 @@ pub async fn watch_disk(node: Arc<Node>) {
                 }
             }
         }
-        if let Some(message) = disk.and_then(|disk| disk.severe_shortage(&DiskReserve::DEFAULT)) {
+        if let Some(message) = disk.and_then(|disk| disk.severe_shortage(&node.reserve)) {
             stop_writers(&node, &builds, &message).await;
         }
         tokio::time::sleep(if builds.is_empty() {

@@ -18,7 +18,7 @@ use super::host::mirror::Mirrors;
 use super::host::probe::exec::EXEC_SLOTS;
 use super::host::proxy::{HostName, Proxy, ProxyError};
 use super::host::records::{AppliedRecord, AttemptRecord, Outcome};
-use super::host::store::{Store, UnitFiles};
+use super::host::store::{DiskReserve, Store, UnitFiles};
 use super::host::systemd::Systemd;
 use super::host::users::Users;
 use super::memory::Memory;
@@ -62,6 +62,8 @@ pub struct Node {
     pub client: kube::Client,
     /// The build slots.
     pub slots: Mutex<Slots>,
+    /// What fetches and builds leave free on the disk.
+    pub reserve: DiskReserve,
     /// Commands of probes that may run.
     pub probe_slots: Semaphore,
     /// One choice of ports at a time.
@@ -95,7 +97,7 @@ impl Node {
         limits: Limits,
         trigger: Trigger<AppName>,
         (client, releases): (kube::Client, Reflected<DeserializeGuard<Release>>),
-        build_slots: usize,
+        (build_slots, reserve): (usize, DiskReserve),
     ) -> Self {
         Self {
             name,
@@ -113,6 +115,7 @@ impl Node {
             listed: AtomicBool::new(false),
             client,
             slots: Mutex::new(Slots::new(build_slots)),
+            reserve,
             probe_slots: Semaphore::new(EXEC_SLOTS),
             choosing: tokio::sync::Mutex::new(()),
             proxy_changed: Notify::new(),

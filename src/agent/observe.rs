@@ -16,7 +16,7 @@ use super::host::proxy::{DRAIN_LIMIT, ProxyError};
 use super::host::records::{
     AppliedRecord, AttemptRecord, BuildKey, ProcessRecord, RecordedFailure,
 };
-use super::host::store::{AppFolder, DiskReserve, StoreError};
+use super::host::store::{AppFolder, StoreError};
 use super::host::systemd::{ActiveState, SystemdError, UnitState};
 use super::host::unit::{self, OwnUnit, ServiceSpec};
 use super::host::users;
@@ -78,7 +78,7 @@ pub async fn observe(node: &Arc<Node>, app: &AppName) -> Result<Observed, Observ
         needs_tree.is_some() || (is_bound && attempt.processes.is_empty())
     });
     let disk_pressure = match needs_tree {
-        Some(_) => node.store.disk()?.shortage(&DiskReserve::DEFAULT),
+        Some(_) => node.store.disk()?.shortage(&node.reserve),
         None => None,
     };
     let may_fetch = disk_pressure.is_none();

@@ -29,6 +29,10 @@ use crate::{
 /// on a busy machine.
 const READY_LIMIT: Duration = Duration::from_secs(60);
 
+/// What agents here leave free of the machine's disk at most, in MiB: it is a
+/// developer's, and apps of tests are small.
+const DISK_RESERVE_MIB: u32 = 512;
+
 /// How long `nsenter` may take to have its child.
 const FORK_LIMIT: Duration = Duration::from_secs(5);
 
@@ -136,6 +140,7 @@ pub fn start_agent(
         .arg(format!("--tool-path={}", tool_path(toolchains)))
         .arg(format!("--http-port={}", description.addresses.http_port))
         .arg(format!("--listen={}", description.addresses.agent))
+        .arg(format!("--disk-reserve-mib={DISK_RESERVE_MIB}"))
         .args(&description.agent_arguments)
         .env("KUBECONFIG", format!("{}/kubeconfig", node::CREDENTIALS));
     pass_logging(&mut command);

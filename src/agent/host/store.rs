@@ -263,10 +263,10 @@ const BALLAST_BYTES: usize = 1 << 20;
 
 impl Store {
     /// Sets room for records aside, once there is enough of it.
-    pub fn set_ballast(&self) -> Result<(), StoreError> {
+    pub fn set_ballast(&self, reserve: &DiskReserve) -> Result<(), StoreError> {
         let path = self.ballast();
         let is_there = std::fs::metadata(&path).is_ok_and(|m| m.len() == BALLAST_BYTES as u64);
-        if is_there || self.disk()?.shortage(&DiskReserve::DEFAULT).is_some() {
+        if is_there || self.disk()?.shortage(reserve).is_some() {
             return Ok(());
         }
         // Nothing that a file system could store in less room.
@@ -302,27 +302,29 @@ pub struct DiskSpace {
 /// What builds leave free on the disk. No build starts below it; below half of it the youngest is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskReserve {
-    /// Of the bytes, in percent…
+    /// Of the bytes, in percent.
     pub bytes_percent: u64,
-    /// …but no more than this many bytes: what a build can write between two looks does not grow with the disk.
-    pub bytes_at_most: u64,
     /// At least this many bytes…
     pub bytes_at_least: u64,
-    /// …but never more than this many percent, so that a small disk is usable.
+    /// …but never more than this many percent, so that a small disk is usable…
     pub bytes_at_least_percent: u64,
+    /// …nor than this many bytes: what a build can write between two looks does not grow with the disk.
+    pub bytes_at_most: u64,
     /// Of the inodes, in percent.
     pub inodes_percent: u64,
 }
 
 impl DiskReserve {
     /// A build can write a gigabyte between two looks at the disk, hence gigabytes.
-    pub const DEFAULT: Self = Self {
-        bytes_percent: 5,
-        bytes_at_most: 10 << 30,
-        bytes_at_least: 5 << 30,
-        bytes_at_least_percent: 10,
-        inodes_percent: 5,
-    };
+    pub fn of_at_most(bytes: u64) -> Self {
+        Self {
+            bytes_percent: 5,
+            bytes_at_least: 5 << 30,
+            bytes_at_least_percent: 10,
+            bytes_at_most: bytes,
+            inodes_percent: 5,
+        }
+    }
 }
 
 impl DiskSpace {
@@ -339,11 +341,11 @@ impl DiskSpace {
     fn shortage_below(&self, reserve: &DiskReserve, divisor: u64) -> Option<String> {
         const MIB: u64 = 1 << 20;
         let percent_of = |percent: u64, all: u64| all / 100 * percent;
-        let share = percent_of(reserve.bytes_percent, self.bytes).min(reserve.bytes_at_most);
+        let share = percent_of(reserve.bytes_percent, self.bytes);
         let least = reserve
             .bytes_at_least
             .min(percent_of(reserve.bytes_at_least_percent, self.bytes));
-        let bytes = share.max(least) / divisor;
+        let bytes = share.max(least).min(reserve.bytes_at_most) / divisor;
         let inodes = percent_of(reserve.inodes_percent, self.inodes) / divisor;
         if self.bytes_free < bytes {
             Some(format!(
@@ -475,12 +477,14 @@ mod tests {
             ),
         ] {
             assert_eq!(
-                space.shortage(&DiskReserve::DEFAULT).is_some(),
+                space.shortage(&DiskReserve::of_at_most(10 << 30)).is_some(),
                 short,
                 "{space:?}"
             );
             assert_eq!(
-                space.severe_shortage(&DiskReserve::DEFAULT).is_some(),
+                space
+                    .severe_shortage(&DiskReserve::of_at_most(10 << 30))
+                    .is_some(),
                 severe,
                 "{space:?}"
             );

@@ -428,4 +428,6 @@ fn surplus(
 }
 
 #[cfg(test)]
+mod rules;
+#[cfg(test)]
 mod tests;

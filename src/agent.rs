@@ -26,6 +26,16 @@ mod view;
 mod wanted;
 mod watch;
 
+/// What the simulation of both sides takes from this one.
+#[cfg(test)]
+pub(crate) mod testing {
+    pub use super::plan::plan;
+    pub use super::plan::simulation::{Fate, World};
+    pub use super::status::status;
+    pub use super::view::Wanted;
+    pub use super::wanted::wanted;
+}
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;

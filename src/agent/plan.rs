@@ -22,7 +22,7 @@ mod removal;
 #[cfg(test)]
 mod rules;
 #[cfg(test)]
-pub(super) mod simulation;
+pub mod simulation;
 #[cfg(test)]
 mod tests;
 mod traffic;

@@ -18,7 +18,7 @@ demo: build ## a control plane and three nodes here, a deployment, a second comm
 
 .PHONY: test
 test: build ## every test, on a real control plane and real systemd nodes (as root)
-	cargo test --workspace --locked
+	@hack/test.sh
 
 .PHONY: check
 check: check-rust check-dependencies check-scripts check-generated ## formatting, lints, licences, generated files; what CI runs before the tests

@@ -53,10 +53,12 @@ use tracing::{info, warn};
 
 use self::host::limits::{self, Limits};
 use self::host::mirror::{MirrorSettings, Mirrors};
+use self::host::probe;
 use self::host::proxy::{Proxy, ProxySettings};
 use self::host::slices::{self, SlicesError};
 use self::host::store::{Store, StoreError, UNIT_FOLDER, UnitFiles};
-use self::host::systemd::{HostEvent, Systemd, SystemdError};
+use self::host::systemd::{ActiveState, HostEvent, Systemd, SystemdError};
+use self::host::unit::{self, OwnUnit};
 use self::host::users::{self, Users, UsersError};
 use self::node::{Node, lock};
 use crate::api::Release;
@@ -187,6 +189,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         (client.clone(), releases),
         config.build_slots,
     ));
+    resume_builds(&node).await?;
     let (annotate, annotations) = latest::channel(BTreeMap::new());
     host_ready.open();
     info!(node = %config.node_name, systemd = systemd_version, limits = ?node.limits.by_name(), "the agent is up");
@@ -210,7 +213,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
             watch::files(Arc::clone(&node), Path::new(UNIT_FOLDER)),
             mirrors.run(),
             guard::keep_node(Arc::clone(&node), annotate, systemd_version, KEEP_INTERVAL),
-            guard::watch_builds(Arc::clone(&node)),
+            guard::watch_disk(Arc::clone(&node)),
+            guard::collect_node(Arc::clone(&node)),
             guard::empty_trash(Arc::clone(&node)),
             control::listen(Arc::clone(&node)),
         )
@@ -274,9 +278,11 @@ async fn prepare_host(
     config: &Config,
     trigger: Trigger<AppName>,
 ) -> Result<(Host, mpsc::Receiver<HostEvent>), AgentError> {
+    // Holds the disk: no other agent's probes run.
     let store = Store::open(Path::new(STORE))?;
     let units = UnitFiles::new(Path::new(UNIT_FOLDER));
     let (systemd, events) = Systemd::connect(None).await?;
+    probe::exec::sweep(&systemd).await?;
     slices::install(&systemd, &units).await?;
     // Now, so that they do not come and go with the first and the last app.
     for slice in ["kari-apps.slice", "kari-builds.slice"] {
@@ -323,6 +329,30 @@ async fn prepare_host(
         },
         events,
     ))
+}
+
+/// Builds that went on without an agent hold their slots until their apps were looked at.
+async fn resume_builds(node: &Node) -> Result<(), SystemdError> {
+    let listed = node.systemd.list_units(&[unit::BUILD_PATTERN]).await?;
+    let apps: Vec<AppName> = listed
+        .iter()
+        .filter(|listed| listed.active_state != ActiveState::Inactive)
+        .filter_map(|listed| match unit::parse_unit_name(&listed.name) {
+            Some(OwnUnit::Build { app, .. }) => Some(app),
+            Some(
+                OwnUnit::Target(_)
+                | OwnUnit::Service { .. }
+                | OwnUnit::Fetch { .. }
+                | OwnUnit::Agent,
+            )
+            | None => None,
+        })
+        .collect();
+    lock(&node.slots).resume(apps.iter().cloned());
+    for app in apps {
+        node.trigger.wake(app);
+    }
+    Ok(())
 }
 
 async fn prove_limits(systemd: &Systemd, user: &str) -> Result<Limits, SystemdError> {

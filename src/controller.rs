@@ -2,7 +2,7 @@
 //!
 //! Each reconcile is four steps: [`observe`] (caches → plain data), [`plan`] (pure; [`rollout`] decides on
 //! nodes, [`revision`] finds the names, [`status`] the words, [`check`] what a schema cannot say),
-//! [`apply`] (idempotent, removals first). [`source`] looks commits up beside it. A second reconcile,
+//! [`apply`] (idempotent, removals first). [`source`] looks commits up beside it, and [`references`] reads ConfigMaps. A second reconcile,
 //! [`release`], is keyed by Release.
 //!
 //! Invariants: only the leader writes; a standby keeps its caches warm and answers its endpoints. All
@@ -16,6 +16,7 @@ pub mod placement;
 pub mod plan;
 pub mod reach;
 pub mod reconcile;
+pub mod references;
 pub mod release;
 pub mod revision;
 pub mod rollout;
@@ -27,7 +28,8 @@ mod triggers;
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,6 +41,7 @@ use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::watcher;
 use kube::{Api, Client};
 use prometheus_client::registry::Registry;
+use rustix::fs::{FlockOperation, Mode, OFlags};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -53,6 +56,7 @@ use crate::runtime::{error_chain, shutdown};
 
 use observe::Caches;
 use reconcile::Context;
+use references::References;
 use source::{SourceMetrics, SourceOptions, Sources};
 use triggers::Triggers;
 
@@ -239,7 +243,7 @@ async fn lead(
     liveness: Liveness,
     stop: CancellationToken,
 ) {
-    let sources = context.sources.clone();
+    let (sources, references) = (context.sources.clone(), context.references.clone());
     let (of_deployments, of_releases) = (context.clone(), context);
     tokio::join!(
         deployments
@@ -253,6 +257,7 @@ async fn lead(
                 .clone()
                 .reconcile_release(key)),
         sources.run(options, beat(&liveness, "sources"), stop.clone()),
+        references.run(beat(&liveness, "references"), stop.clone()),
     );
 }
 
@@ -363,7 +368,8 @@ impl Parts {
         };
         let context = Context {
             client: client.clone(),
-            sources: Sources::new(wake_deployment, SourceMetrics::new(registry)),
+            sources: Sources::new(wake_deployment.clone(), SourceMetrics::new(registry)),
+            references: References::new(client.clone(), wake_deployment, registry),
             caches,
             memory: Arc::default(),
             recorder: Recorder::new(client.clone(), reporter),
@@ -409,29 +415,83 @@ fn host_name() -> String {
         .unwrap_or_else(|_| "unknown".to_owned())
 }
 
-/// An empty folder of this process's own, which goes with it.
+/// What the name of an empty folder of a controller begins with.
+const HOME_PREFIX: &str = "kari-controller-";
+
+/// An empty folder of this process's own, which goes with it. One whose process was killed goes with the
+/// next controller: nobody holds its lock.
 struct Home {
     folder: PathBuf,
+    _lock: OwnedFd,
 }
 
 impl Home {
     fn make() -> Result<Self, ControllerError> {
         use std::os::unix::fs::DirBuilderExt as _;
-        let folder = std::env::temp_dir().join(format!("kari-controller-{}", uuid::Uuid::new_v4()));
-        std::fs::DirBuilder::new()
+        let temporary = std::env::temp_dir();
+        remove_abandoned(&temporary);
+        let folder = temporary.join(format!("{HOME_PREFIX}{}", uuid::Uuid::new_v4()));
+        let made = std::fs::DirBuilder::new()
             .mode(0o700)
             .create(&folder)
-            .map_err(|source| ControllerError::Home {
-                folder: folder.clone(),
-                source,
-            })?;
-        Ok(Self { folder })
+            .and_then(|()| locked(&folder));
+        match made {
+            Ok(lock) => Ok(Self {
+                folder,
+                _lock: lock,
+            }),
+            Err(source) => Err(ControllerError::Home { folder, source }),
+        }
     }
+}
+
+/// Removes the folders that controllers left here which were killed. They are empty; what is not, or is
+/// another user's, stays.
+fn remove_abandoned(temporary: &Path) {
+    for entry in std::fs::read_dir(temporary).into_iter().flatten().flatten() {
+        let is_home = entry
+            .file_name()
+            .to_str()
+            .is_some_and(|name| name.starts_with(HOME_PREFIX));
+        if is_home && locked(&entry.path()).is_ok() {
+            let _ = std::fs::remove_dir(entry.path());
+        }
+    }
+}
+
+/// The folder, locked for as long as this process has it open.
+fn locked(folder: &Path) -> std::io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let folder = rustix::fs::open(folder, flags, Mode::empty())?;
+    rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive)?;
+    Ok(folder)
 }
 
 impl Drop for Home {
     fn drop(&mut self) {
         // It is empty, unless git has put something there; then it stays for whoever looks after it.
         let _ = std::fs::remove_dir(&self.folder);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_folder_of_a_controller_that_was_killed_goes_and_that_of_one_that_runs_stays() {
+        let temporary = tempfile::tempdir().unwrap();
+        let make = |name: &str| {
+            let folder = temporary.path().join(name);
+            std::fs::create_dir(&folder).unwrap();
+            folder
+        };
+        let (abandoned, held) = (make("kari-controller-a"), make("kari-controller-b"));
+        let (full, other) = (make("kari-controller-c"), make("other"));
+        std::fs::write(full.join("file"), "").unwrap();
+        let _lock = locked(&held).unwrap();
+        remove_abandoned(temporary.path());
+        assert!(!abandoned.exists());
+        assert!(held.exists() && full.exists() && other.exists());
     }
 }

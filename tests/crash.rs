@@ -90,6 +90,86 @@ async fn an_agent_that_is_killed_in_a_build_finds_the_same_build_again() {
 }
 
 #[tokio::test]
+async fn a_probe_that_a_killed_agent_left_is_ended_by_the_next() {
+    let _alone = ALONE.lock().await;
+    let space = Space::new(support::testbed(1).await, "stray").await;
+    let files = folder(&app::files("one"));
+    let repository = space.push("shop", files.path());
+    let mut manifest = app::manifest("shop", &repository.url, "stray.example.com");
+    manifest["spec"]["processes"][0]["readinessProbe"] = serde_json::json!({
+        "exec": {"command": ["sh", "-c", "trap '' TERM; echo $$ >/tmp/probe; sleep 3000 & wait"]},
+        "periodSeconds": 3000, "timeoutSeconds": 3000,
+    });
+    space.apply(&manifest).await;
+    let unit = format!("kari-probe.{}.shop.web.*", space.namespace);
+    let invocation = || async {
+        space
+            .on(
+                NODE,
+                &["systemctl", "show", "--value", "-p", "InvocationID", &unit],
+            )
+            .await
+            .trim()
+            .to_owned()
+    };
+    let before = until("the probe hangs", DEPLOY_LIMIT, || async {
+        let found = invocation().await;
+        if found.is_empty() {
+            Err(found)
+        } else {
+            Ok(found)
+        }
+    })
+    .await;
+    kill(space.testbed, "agent/n1").await;
+    assert_eq!(
+        invocation().await,
+        before,
+        "the probe went with its agent, so this shows nothing"
+    );
+    start(space.testbed, "agent/n1").await;
+    until(
+        "the probe is another agent's, and the only one",
+        LIMIT,
+        || async {
+            let now = invocation().await;
+            let sleeping = space
+                .on(NODE, &["sh", "-c", "pgrep -cf '[s]leep 3000' || true"])
+                .await;
+            if !now.is_empty() && now != before && sleeping.trim() == "2" {
+                Ok(())
+            } else {
+                Err(format!("{now}, {sleeping}"))
+            }
+        },
+    )
+    .await;
+    space
+        .deployments()
+        .delete("shop", &Default::default())
+        .await
+        .expect("a deletion");
+    until("nothing of the app is left", LIMIT, || async {
+        let pattern = format!("kari*{}.shop*", space.namespace);
+        let units = space
+            .on(
+                NODE,
+                &[
+                    "systemctl",
+                    "list-units",
+                    "--all",
+                    "--plain",
+                    "--no-legend",
+                    &pattern,
+                ],
+            )
+            .await;
+        if units.is_empty() { Ok(()) } else { Err(units) }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_node_that_reboots_without_agent_and_api_comes_up_serving() {
     let _alone = ALONE.lock().await;
     let space = Space::new(support::testbed(1).await, "reboot").await;

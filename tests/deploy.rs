@@ -9,9 +9,7 @@
 
 mod support;
 
-use std::path::Path;
-
-use serde_json::{Value, json};
+use serde_json::json;
 use support::{DEPLOY_LIMIT, LIMIT, Space, app, folder, is, reason, until};
 
 const NODE: &str = "n1";
@@ -180,6 +178,68 @@ async fn a_change_of_the_environment_alone_does_not_build_again() {
 }
 
 #[tokio::test]
+async fn a_cache_directory_is_kept_for_the_next_build_of_the_same_deployment_and_is_not_in_the_tree()
+ {
+    let space = space("cache").await;
+    let files = folder(&[("shop/server.py", app::SERVER), ("shop/message", "")]);
+    let repository = space.push("shop", files.path());
+    // Counts the builds that it knows of; the second cache holds what a hostile build may put there.
+    let build = "n=$(cat .cache/count || echo 0); echo $((n + 1)) | tee .cache/count > message; \
+        ln -sfn /etc/hostname target/deep/link; ln .cache/count hard 2>&1 || :";
+    let with_caches = |name: &str| {
+        let host = format!("{name}.cache.example.com");
+        let mut manifest = app::with_build(app::manifest(name, &repository.url, &host), build);
+        manifest["spec"]["source"]["git"]["directory"] = json!("shop");
+        manifest["spec"]["build"]["cacheDirectories"] = json!([".cache", "target/deep"]);
+        manifest
+    };
+    space.apply(&with_caches("shop")).await;
+    space.ready_at("shop", &repository.commit).await;
+    assert_eq!(served(&space, "shop").await, Ok((200, "1\n".into())));
+
+    support::write(files.path(), &[("shop/other", "a change")]);
+    let second = space.push("shop", files.path());
+    space.apply(&with_caches("blog")).await;
+    space.request_look("shop").await;
+    space.ready_at("shop", &second.commit).await;
+    space.ready_at("blog", &second.commit).await;
+    assert_eq!(
+        served(&space, "shop").await,
+        Ok((200, "2\n".into())),
+        "the first build's cache was there"
+    );
+    assert_eq!(
+        served(&space, "blog").await,
+        Ok((200, "1\n".into())),
+        "another Deployment's was not"
+    );
+    let found = format!(
+        "cd /var/lib/kari/apps/{}.shop && find builds/*/shop -path '*cache*' -o -path '*target*' -o -name hard | sed 's|^[^/]*/[^/]*/||' | sort -u",
+        space.namespace
+    );
+    let found = space.on(NODE, &["sh", "-c", &found]).await;
+    assert_eq!(
+        found, "shop/.cache\nshop/target\nshop/target/deep",
+        "the tree"
+    );
+
+    let mut lost = with_caches("lost");
+    lost["spec"]["source"]["git"]["directory"] = json!("blog");
+    space.apply(&lost).await;
+    space
+        .deployment_until("lost", "Stalled for its directory", LIMIT, |d| {
+            d.status
+                .as_ref()
+                .is_some_and(|s| reason(&s.conditions, "Stalled") == "DirectoryNotFound")
+        })
+        .await;
+}
+
+async fn served(space: &Space, name: &str) -> Result<(u16, String), String> {
+    space.get(NODE, &format!("{name}.cache.example.com")).await
+}
+
+#[tokio::test]
 async fn a_suspended_deployment_starts_nothing_until_it_is_resumed() {
     let space = space("suspend").await;
     let files = folder(&app::files("one"));
@@ -302,79 +362,4 @@ async fn a_placement_that_matches_no_node_says_so_and_leaving_it_takes_the_app_a
         }
     })
     .await;
-}
-
-#[tokio::test]
-async fn one_host_name_belongs_to_one_deployment_of_a_node() {
-    let space = space("host").await;
-    let files = folder(&app::files("first"));
-    let repository = space.push("shop", files.path());
-    space
-        .apply(&app::manifest("first", &repository.url, "host.example.com"))
-        .await;
-    space.ready_at("first", &repository.commit).await;
-    let mut manifest = app::manifest("second", &repository.url, "host.example.com");
-    manifest["spec"]["env"] = json!([{"name": "MESSAGE", "value": "second"}]);
-    space.apply(&manifest).await;
-    let told = space
-        .release_until("second", NODE, "told of the conflict", LIMIT, |r| {
-            r.status
-                .as_ref()
-                .and_then(|s| s.attempt.as_ref())
-                .and_then(|a| a.failure.as_ref())
-                .is_some_and(|f| f.reason == "RouteConflict")
-        })
-        .await;
-    let message = told
-        .status
-        .and_then(|s| s.attempt)
-        .and_then(|a| a.failure)
-        .expect("a failure")
-        .message;
-    assert!(
-        message.contains("host.example.com") && message.contains("first"),
-        "{message}"
-    );
-    assert_eq!(
-        space.get(NODE, "host.example.com").await,
-        Ok((200, "first".into()))
-    );
-}
-
-/// The example's language, and what its page says in its first words.
-const EXAMPLES: [(&str, &str); 3] = [
-    ("go", "Hello from Go"),
-    ("node", "Hello from Node"),
-    ("python", "Hello from Python"),
-];
-
-#[tokio::test]
-async fn all_examples_run_on_one_node_at_the_same_time_each_under_its_own_host_name() {
-    let space = space("examples").await;
-    for (language, _) in EXAMPLES {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("examples")
-            .join(language);
-        let repository = space.push(language, &folder);
-        let text = std::fs::read_to_string(folder.join("deployment.yaml")).expect("a manifest");
-        let mut manifest: Value = serde_saphyr::from_str(&text).expect("YAML");
-        manifest["spec"]["source"]["git"]["url"] = repository.url.into();
-        space.apply(&manifest).await;
-    }
-    for (language, _) in EXAMPLES {
-        let name = format!("hello-{language}");
-        space
-            .deployment_until(&name, "Ready", DEPLOY_LIMIT, |d| {
-                d.status
-                    .as_ref()
-                    .is_some_and(|s| is(&s.conditions, "Ready", "True"))
-            })
-            .await;
-    }
-    for (language, greeting) in EXAMPLES {
-        let answer = space.get(NODE, &format!("{language}.example.com")).await;
-        let (status, body) = answer.unwrap_or_else(|e| panic!("{language}: {e}"));
-        assert_eq!(status, 200, "{language}: {body}");
-        assert!(body.contains(greeting), "{language}: {body}");
-    }
 }

@@ -11,6 +11,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
+use kari::api::reasons::{Class, Reason};
 use kari::api::{definitions, definitions_as_yaml};
 use serde_json::{Map, Value};
 
@@ -33,6 +34,36 @@ fn the_reference_page_is_what_the_types_say() {
         write_kind(&mut page, &definition);
     }
     compare_or_write(Path::new("docs/api.md"), &page);
+}
+
+#[test]
+fn every_reason_has_a_section_of_its_class_in_the_troubleshooting_page() {
+    let page = include_str!("../docs/troubleshooting.md");
+    let mut sections = vec![];
+    let mut class = "";
+    for line in page.lines() {
+        if let Some(title) = line.strip_prefix("## ") {
+            class = title;
+        } else if let Some(reason) = line.strip_prefix("### ") {
+            sections.push((class, reason));
+        }
+    }
+    let mut expected: Vec<_> = Reason::ALL
+        .iter()
+        .map(|reason| {
+            let title = match reason.class() {
+                Class::Revision => "The revision is at fault",
+                Class::Environment => "The surroundings are at fault",
+                Class::Node => "The node is at fault",
+                Class::Invalid => "The object is at fault",
+                Class::Progress => "Nothing is at fault",
+            };
+            (title, reason.as_str())
+        })
+        .collect();
+    sections.sort_unstable();
+    expected.sort_unstable();
+    assert_eq!(sections, expected);
 }
 
 fn compare_or_write(file: &Path, wanted: &str) {

@@ -252,7 +252,7 @@ impl App {
         let build: Build = serde_json::from_value(build).unwrap();
         let (mirror, commit) = self.mirror(files);
         let release_id = ReleaseId(Uuid::new_v4());
-        let key = unit::build_key(&commit, directory, Some(&build));
+        let key = unit::build_key(&commit, false, directory, Some(&build));
         let script = unit::build_script(&build).unwrap();
         let stage = self
             .folder
@@ -267,8 +267,10 @@ impl App {
             commit: &commit,
             mirror: &mirror,
             stage: &stage,
+            submodules: false,
             directory,
             build: Some(&build),
+            caches: &[],
             env_file: Some(&env_file),
             user: &self.users.build.name,
             tool_path: TOOL_PATH,
@@ -410,14 +412,8 @@ async fn every_text_of_a_user_reaches_its_program_unchanged() {
     let env: Vec<EnvVar> = nasty
         .iter()
         .enumerate()
-        .map(|(index, value)| EnvVar {
-            name: format!("NASTY_{index}"),
-            value: (*value).to_owned(),
-        })
-        .chain([EnvVar {
-            name: "LONG".to_owned(),
-            value: "x\"\\$\n".repeat(20_000),
-        }])
+        .map(|(index, value)| EnvVar::plain(format!("NASTY_{index}"), *value))
+        .chain([EnvVar::plain("LONG", "x\"\\$\n".repeat(20_000))])
         .collect();
     // What core/v1 would expand is written as it says.
     let escaped = nasty.iter().map(|word| word.replace('$', "$$"));
@@ -441,8 +437,9 @@ async fn every_text_of_a_user_reaches_its_program_unchanged() {
                 .unwrap()
         })
         .collect();
-    for EnvVar { name, value } in &env {
-        assert_eq!(seen.get(name), Some(value), "{name}");
+    for variable in &env {
+        let name = &variable.name;
+        assert_eq!(seen.get(name), variable.value.as_ref(), "{name}");
     }
     assert_eq!(seen["HOME"], "/var/lib/kari/state");
     assert_eq!(seen["KARI_NODE"], "n1");
@@ -756,10 +753,7 @@ async fn an_app_sees_nothing_of_its_neighbour() {
     }
     let neighbour = app("neighbour").await;
     let tree = neighbour.tree(&[("file", "secret")]);
-    let secret = EnvVar {
-        name: "SECRET".to_owned(),
-        value: "1".to_owned(),
-    };
+    let secret = EnvVar::plain("SECRET", "1");
     let process = serde_json::json!({"name": "web", "stateDirectory": true, "command":
         ["/bin/sh", "-c", "echo s >/dev/shm/neighbour; echo s >/tmp/neighbour; echo s >$$STATE_DIRECTORY/secret; exec sleep 1000"]});
     let name = neighbour
@@ -783,10 +777,7 @@ async fn an_app_sees_nothing_of_its_neighbour() {
         .unwrap()
         .unwrap()
         .path();
-    let variable = |name: &str, value: String| EnvVar {
-        name: name.to_owned(),
-        value,
-    };
+    let variable = |name: &str, value: String| EnvVar::plain(name, value);
     let env = [
         variable("NEIGHBOUR_TREE", tree.display().to_string()),
         variable(
@@ -947,6 +938,11 @@ try other-path touch /srv/kari-test/x
 try packet perl -MSocket -e 'socket(S, 17, SOCK_RAW, 0) or exit 1'
 try inet6 perl -MSocket -e 'socket(S, AF_INET6, SOCK_STREAM, 0) or exit 1'
 try nice perl -e 'setpriority(0, 0, -5) or exit 1'
+try unix perl -MSocket -e 'socket(S, AF_UNIX, SOCK_STREAM, 0) or exit 1'
+try inet perl -MSocket -e 'socket(S, AF_INET, SOCK_STREAM, 0) or exit 1'
+try netlink perl -MSocket -e 'socket(S, 16, SOCK_RAW, 0) or exit 1'
+try admin perl -MSocket -e 'socket(S, AF_INET, SOCK_DGRAM, 0) and setsockopt(S, SOL_SOCKET, 33, 1 << 20) or exit 1'
+try lock perl -e '$memory = "x" x (64 << 20); exit(syscall($ENV{MLOCK}, $memory, 64 << 20) == -1)'
 try writable-code perl -e 'exit(syscall($ENV{MMAP}, 0, 4096, 7, 34, -1, 0) == -1)'
 "#;
 
@@ -959,16 +955,13 @@ async fn each_exception_of_a_sandbox_gives_or_takes_what_it_names() {
     let tree = app.tree(&[]);
     fs::create_dir_all("/srv/kari-test").unwrap();
     fs::set_permissions("/srv/kari-test", fs::Permissions::from_mode(0o777)).unwrap();
-    // mmap(2) on x86-64, and on the architectures with the common numbers.
-    let mmap = if cfg!(target_arch = "x86_64") {
-        "9"
+    // mmap(2) and mlock(2) on x86-64, and on the architectures with the common numbers.
+    let (mmap, mlock) = if cfg!(target_arch = "x86_64") {
+        ("9", "149")
     } else {
-        "222"
+        ("222", "228")
     };
-    let env = [EnvVar {
-        name: "MMAP".to_owned(),
-        value: mmap.to_owned(),
-    }];
+    let env = [EnvVar::plain("MMAP", mmap), EnvVar::plain("MLOCK", mlock)];
     let script = format!(
         "{{ {EXCEED} }} >$STATE_DIRECTORY/tmp; mv $STATE_DIRECTORY/tmp $STATE_DIRECTORY/found; exec sleep 1000"
     );
@@ -976,34 +969,77 @@ async fn each_exception_of_a_sandbox_gives_or_takes_what_it_names() {
         (
             "default",
             serde_json::json!({}),
-            &["inet6", "writable-code"][..],
+            &["inet6", "unix", "inet", "netlink", "writable-code"][..],
         ),
         (
             "port",
             serde_json::json!({"capabilities": ["CAP_NET_BIND_SERVICE"]}),
-            &["low-port", "inet6", "writable-code"],
+            &[
+                "low-port",
+                "inet6",
+                "unix",
+                "inet",
+                "netlink",
+                "writable-code",
+            ],
         ),
         (
             "path",
             serde_json::json!({"writablePaths": ["/srv/kari-test"]}),
-            &["other-path", "inet6", "writable-code"],
+            &[
+                "other-path",
+                "inet6",
+                "unix",
+                "inet",
+                "netlink",
+                "writable-code",
+            ],
         ),
         (
             "packet",
             serde_json::json!({"capabilities": ["CAP_NET_RAW"], "addressFamilies": ["AF_INET", "AF_PACKET"]}),
-            &["packet", "writable-code"],
+            &["packet", "inet", "writable-code"],
         ),
         (
             "families",
             serde_json::json!({"addressFamilies": ["AF_INET"]}),
-            &["writable-code"],
+            &["inet", "writable-code"],
+        ),
+        (
+            "inet6",
+            serde_json::json!({"addressFamilies": ["AF_INET6"]}),
+            &["inet6", "writable-code"],
+        ),
+        (
+            "unix",
+            serde_json::json!({"addressFamilies": ["AF_UNIX"]}),
+            &["unix", "writable-code"],
+        ),
+        (
+            "netlink",
+            serde_json::json!({"addressFamilies": ["AF_NETLINK"]}),
+            &["netlink", "writable-code"],
+        ),
+        (
+            "admin",
+            serde_json::json!({"capabilities": ["CAP_NET_ADMIN"]}),
+            &["inet6", "unix", "inet", "netlink", "admin", "writable-code"],
+        ),
+        (
+            "lock",
+            serde_json::json!({"capabilities": ["CAP_IPC_LOCK"]}),
+            &["inet6", "unix", "inet", "netlink", "lock", "writable-code"],
         ),
         (
             "nice",
             serde_json::json!({"capabilities": ["CAP_SYS_NICE"]}),
-            &["inet6", "nice", "writable-code"],
+            &["inet6", "nice", "unix", "inet", "netlink", "writable-code"],
         ),
-        ("jit", serde_json::json!({"deny": ["JIT"]}), &["inet6"]),
+        (
+            "jit",
+            serde_json::json!({"deny": ["JIT"]}),
+            &["inet6", "unix", "inet", "netlink"],
+        ),
     ] {
         let process = serde_json::json!({"name": name, "stateDirectory": true, "sandbox": sandbox,
             "command": ["/bin/sh", "-c", script.replace('$', "$$")]});

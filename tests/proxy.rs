@@ -18,14 +18,15 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes};
 use http_body_util::BodyExt as _;
 use hyper_util::rt::TokioIo;
 use kari::agent::host::proxy::{
-    DRAIN_LIMIT, HostName, OldWorkers, Proxy, ProxyError, ProxySettings, Route, RouteTarget, UNIT,
-    VirtualHost,
+    DRAIN_LIMIT, HostName, OldWorkers, Proxy, ProxyError, ProxySettings, Route, RoutePath,
+    RouteTarget, UNIT, VirtualHost,
 };
 use kari::agent::host::store::{Store, UNIT_FOLDER, UnitFiles};
 use kari::agent::host::systemd::{HostEvent, Systemd};
@@ -35,6 +36,9 @@ use tokio::sync::mpsc;
 use traffic::Traffic;
 
 const HTTP_PORT: u16 = 8080;
+
+/// More than all buffers between an app and a client hold.
+const DOWNLOAD_BYTES: usize = 64 << 20;
 
 /// Outside: runs the calling test in the node, and ends it.
 macro_rules! in_node {
@@ -62,6 +66,20 @@ fn router(name: &'static str) -> axum::Router {
             Body::from_stream(receiver),
         )
     };
+    let uploaded = Arc::new(tokio::sync::Notify::new());
+    let waiting = Arc::clone(&uploaded);
+    let events = || async move {
+        let (sender, receiver) = futures::channel::mpsc::unbounded::<Result<Bytes, Infallible>>();
+        tokio::spawn(async move {
+            let _ = sender.unbounded_send(Ok(Bytes::from("data: begun\n\n")));
+            waiting.notified().await;
+            let _ = sender.unbounded_send(Ok(Bytes::from("data: uploaded\n\n")));
+        });
+        (
+            [("content-type", "text/event-stream")],
+            Body::from_stream(receiver),
+        )
+    };
     let headers = |request: axum::extract::Request| async move {
         let mut lines: Vec<_> = request
             .headers()
@@ -74,6 +92,18 @@ fn router(name: &'static str) -> axum::Router {
     let slow = move || async move {
         tokio::time::sleep(Duration::from_secs(3)).await;
         name
+    };
+    let download = || async { vec![b'd'; DOWNLOAD_BYTES] };
+    let uri = move |uri: axum::http::Uri| async move { format!("{name} {uri}") };
+    let status = |axum::extract::Path(code): axum::extract::Path<u16>| async move {
+        let code = axum::http::StatusCode::from_u16(code).unwrap();
+        (code, "the app's own")
+    };
+    // The connection ends with what serves it.
+    let broken = |request: axum::extract::Request| async move {
+        request.headers()["a header that no request has"]
+            .len()
+            .to_string()
     };
     let upgrade = |mut request: axum::extract::Request| async move {
         let upgraded = hyper::upgrade::on(&mut request);
@@ -91,16 +121,22 @@ fn router(name: &'static str) -> axum::Router {
         .route("/", any(move || async move { name }))
         .route("/headers", get(headers))
         .route("/stream", get(stream))
+        .route("/events", get(events))
         .route("/slow", get(slow))
         .route("/upgrade", get(upgrade))
+        .route("/download", get(download))
+        .route("/status/{code}", any(status))
+        .route("/broken", get(broken))
+        .fallback(uri)
         .route(
             "/upload",
-            post(|body: Body| async move {
+            post(move |body: Body| async move {
                 let mut length = 0;
                 let mut body = body;
                 while let Some(frame) = body.frame().await {
                     length += frame.unwrap().into_data().map_or(0, |data| data.len());
                 }
+                uploaded.notify_one();
                 length.to_string()
             }),
         )
@@ -192,8 +228,9 @@ fn virtual_host(
                 .iter()
                 .map(|host| HostName::parse(host).unwrap())
                 .collect(),
+            path: RoutePath::parse("/").unwrap(),
             target: RouteTarget::Port { primary, backup },
-            measured_path: "/".into(),
+            probe_path: None,
         }],
     }
 }
@@ -483,6 +520,199 @@ async fn a_long_request_of_before_a_switch_ends_whole() {
     drop(socket);
     let took = drain(&node.proxy, workers).await;
     assert!(took < Duration::from_secs(5), "{took:?}");
+    drop((old, new));
+}
+
+fn route(process: &str, hosts: &[&str], path: &str, port: u16) -> Route {
+    let mut host = virtual_host("web.shop", 1, hosts, port, None);
+    let route = host.routes.remove(0);
+    Route {
+        process: process.into(),
+        path: RoutePath::parse(path).unwrap(),
+        ..route
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_path_reaches_the_process_that_has_the_longest_beginning_of_it() {
+    in_node!();
+    let node = &Node::new().await;
+    let _apps = [
+        App::start("web", 21201).await,
+        App::start("api", 21202).await,
+        App::start("v2", 21203).await,
+    ];
+    let mut host = virtual_host("web.paths", 20, &["paths.test"], 21201, None);
+    host.routes = vec![
+        route("web", &["paths.test"], "/", 21201),
+        route("api", &["paths.test", "api.paths.test"], "/api", 21202),
+        route("v2", &["api.paths.test", "paths.test"], "/api/v2", 21203),
+    ];
+    node.proxy.publish(&host).await.unwrap();
+    for (name, path, answer) in [
+        ("paths.test", "/", "web"),
+        ("paths.test", "/apix", "web /apix"),
+        ("paths.test", "/api", "api /api"),
+        ("paths.test", "/api/", "api /api/"),
+        ("PATHS.test", "/api/x?y=/z", "api /api/x?y=/z"),
+        // Compared as it is meant, passed on as it was sent.
+        ("paths.test", "/a%70i//x%20y", "api /a%70i//x%20y"),
+        ("paths.test", "/api/x/../../b", "web /api/x/../../b"),
+        ("paths.test", "/api/v2", "v2 /api/v2"),
+        ("paths.test", "/api/v2/x", "v2 /api/v2/x"),
+        ("paths.test", "/api/v21", "api /api/v21"),
+        ("api.paths.test", "/api/x", "api /api/x"),
+        ("api.paths.test", "/api/v2/x", "v2 /api/v2/x"),
+    ] {
+        let got = ask("127.0.0.1", name, &format!("GET {path}"));
+        assert!(
+            got.ends_with(&format!("\r\n\r\n{answer}")),
+            "{name}{path}: {got}"
+        );
+    }
+    for path in ["/", "/apix"] {
+        let got = ask("127.0.0.1", "api.paths.test", &format!("GET {path}"));
+        assert!(got.starts_with("HTTP/1.1 404 "), "{path}: {got}");
+    }
+
+    // What is measured is each path of each host: one that is another's is found.
+    let mut wrong = host.clone();
+    wrong.routes[2].target = RouteTarget::Port {
+        primary: 21204,
+        backup: None,
+    };
+    let error = node.proxy.measure(&wrong).await.unwrap_err().to_string();
+    assert!(
+        error.contains("GET /api/v2: port 21203 answered it, not port 21204"),
+        "{error}"
+    );
+    let mut probed = host.clone();
+    probed.routes[1].probe_path = Some("/api/v2/healthz".into());
+    node.proxy.measure(&probed).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_is_not_there_is_answered_for_with_when_to_come_again() {
+    in_node!();
+    let node = &Node::new().await;
+    let app = App::start("dead", 21211).await;
+    let host = virtual_host("web.dead", 21, &["dead.test"], 21211, None);
+    node.proxy.publish(&host).await.unwrap();
+    // What the app says itself is passed on as it is, and what it breaks off is no invitation to send it again.
+    for code in [502, 503, 504] {
+        let answer = ask("127.0.0.1", "dead.test", &format!("GET /status/{code}"));
+        assert!(answer.starts_with(&format!("HTTP/1.1 {code} ")), "{answer}");
+        assert!(answer.ends_with("\r\n\r\nthe app's own"), "{answer}");
+    }
+    let answer = ask("127.0.0.1", "dead.test", "GET /broken");
+    assert!(answer.starts_with("HTTP/1.1 502 "), "{answer}");
+    assert!(!answer.contains("Retry-After"), "{answer}");
+
+    drop(app);
+    until("the app is gone", || async {
+        tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, 21211))
+            .await
+            .is_err()
+    })
+    .await;
+    for request in ["GET /", "DELETE /x"] {
+        let answer = ask("127.0.0.1", "dead.test", request);
+        assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+        assert!(answer.contains("\r\nRetry-After: "), "{answer}");
+    }
+    let answer = ask(
+        "127.0.0.1",
+        "dead.test",
+        "GET / HTTP/1.1\r\nHost: dead.test\r\n\r\nGET /",
+    );
+    assert_eq!(
+        answer.matches("HTTP/1.1 503 ").count(),
+        2,
+        "the connection is kept: {answer}"
+    );
+    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, HTTP_PORT)).unwrap();
+    write!(stream, "POST /upload HTTP/1.1\r\nHost: dead.test\r\nConnection: close\r\nContent-Length: 9\r\n\r\nfour").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+    let error = node.proxy.measure(&host).await.unwrap_err().to_string();
+    assert!(
+        error.contains("port 21211 did not answer it: the proxy says status 503"),
+        "{error}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn uploads_streams_and_slow_clients_of_before_a_switch_end_whole() {
+    in_node!();
+    let node = &Node::new().await;
+    let old = App::start("old", 21221).await;
+    let new = App::start("new", 21222).await;
+    let publish = |release, primary, backup| {
+        virtual_host("web.long", release, &["long.test"], primary, backup)
+    };
+    node.proxy.publish(&publish(22, 21221, None)).await.unwrap();
+
+    let open = |request: &str| {
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, HTTP_PORT)).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        write!(
+            stream,
+            "{request} HTTP/1.1\r\nHost: long.test\r\nConnection: close\r\n"
+        )
+        .unwrap();
+        stream
+    };
+    const HALF: usize = 100 << 20;
+    let mut upload = open("POST /upload");
+    write!(upload, "Content-Length: {}\r\n\r\n", 2 * HALF).unwrap();
+    upload.write_all(&vec![7; HALF]).unwrap();
+    let mut events = open("GET /events");
+    write!(events, "\r\n").unwrap();
+    let mut seen = String::new();
+    while !seen.contains("data: begun") {
+        let mut chunk = [0; 1024];
+        let length = events.read(&mut chunk).unwrap();
+        assert_ne!(length, 0, "{seen}");
+        seen += &String::from_utf8_lossy(&chunk[..length]);
+    }
+    let mut slow = open("GET /download");
+    write!(slow, "\r\n").unwrap();
+    let mut downloaded = vec![0; 100];
+    slow.read_exact(&mut downloaded).unwrap();
+
+    let workers = node
+        .proxy
+        .publish(&publish(23, 21222, Some(21221)))
+        .await
+        .unwrap();
+    assert!(ask("127.0.0.1", "long.test", "GET /").ends_with("new"));
+
+    upload.write_all(&vec![7; HALF]).unwrap();
+    let mut answer = String::new();
+    upload.read_to_string(&mut answer).unwrap();
+    assert!(
+        answer.ends_with(&format!("\r\n\r\n{}", 2 * HALF)),
+        "{answer}"
+    );
+    events.read_to_string(&mut seen).unwrap();
+    assert!(seen.contains("data: uploaded"), "{seen}");
+    for _ in 0..20 {
+        let mut byte = [0];
+        slow.read_exact(&mut byte).unwrap();
+        downloaded.push(byte[0]);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    slow.read_to_end(&mut downloaded).unwrap();
+    let body = downloaded
+        .windows(4)
+        .position(|window| window == b"\r\n\r\n")
+        .unwrap()
+        + 4;
+    assert_eq!(downloaded.len() - body, DOWNLOAD_BYTES);
+    assert!(drain(&node.proxy, workers).await < Duration::from_secs(5));
     drop((old, new));
 }
 

@@ -10,14 +10,19 @@
 mod support;
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex};
+use std::process::{Child, Stdio};
+use std::sync::Arc;
+use std::sync::Mutex as Shared;
 
 use futures::{StreamExt as _, TryStreamExt as _};
+use k8s_openapi::api::coordination::v1::Lease;
 use kari::api::Release;
 use kube::api::Api;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use support::traffic::Traffic;
-use support::{Lab, Space, app, folder};
+use support::{LIMIT, Lab, Space, app, folder, until};
+use testbed::{Part, Signal};
+use tokio::sync::Mutex;
 
 const NODES: [&str; 3] = ["n1", "n2", "n3"];
 /// Requests per second at each node.
@@ -28,15 +33,15 @@ const CONNECTIONS: u32 = 20;
 /// What an observer of the API sees who knows nothing of Kari's own counting: which nodes are told to serve
 /// something that they do not serve.
 struct Observer {
-    most: Arc<Mutex<(usize, BTreeSet<String>)>>,
-    order: Arc<Mutex<Vec<String>>>,
+    most: Arc<Shared<(usize, BTreeSet<String>)>>,
+    order: Arc<Shared<Vec<String>>>,
     task: tokio::task::JoinHandle<()>,
 }
 
 impl Observer {
     fn start(api: Api<Release>) -> Self {
-        let most = Arc::new(Mutex::new((0, BTreeSet::new())));
-        let order = Arc::new(Mutex::new(Vec::new()));
+        let most = Arc::new(Shared::new((0, BTreeSet::new())));
+        let order = Arc::new(Shared::new(Vec::new()));
         let (seen, finished) = (most.clone(), order.clone());
         let task = tokio::spawn(async move {
             let mut changing: BTreeSet<String> = BTreeSet::new();
@@ -71,8 +76,12 @@ impl Observer {
     }
 }
 
+/// The rollouts share their nodes, and one of them ends the controller.
+static ALONE: Mutex<()> = Mutex::const_new(());
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_commit_reaches_three_nodes_one_after_another_without_a_failed_request() {
+    let _alone = ALONE.lock().await;
     let space = Space::new(support::testbed(3).await, "rollout").await;
     let host = "rollout.example.com";
     let files = folder(&app::files("one"));
@@ -122,4 +131,99 @@ async fn a_second_commit_reaches_three_nodes_one_after_another_without_a_failed_
     let ((most, nodes), order) = observer.end();
     assert_eq!(most, 1, "more than maxUnavailable at work: {nodes:?}");
     assert_eq!(order, NODES, "{total} requests");
+}
+
+/// A second controller beside the testbed's, with the same identity; it ends with the test.
+struct Standby(Child);
+
+impl Standby {
+    fn start(space: &Space) -> Self {
+        let kari = testbed::program::kari().unwrap_or_else(|e| panic!("{e}"));
+        let mut command = space.testbed.lab_command(&kari).unwrap();
+        let kubeconfig = space.testbed.directory().join("controller/kubeconfig");
+        let child = command
+            .args(["controller", "--namespace=kari-system"])
+            .args(["--listen=127.0.0.1:0", "--insecure-source-schemes"])
+            .env("KUBECONFIG", kubeconfig)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("a second controller");
+        Self(child)
+    }
+}
+
+impl Drop for Standby {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Who leads, by the Lease; empty when nobody does.
+async fn leader(space: &Space) -> String {
+    let leases: Api<Lease> = Api::namespaced(space.client.clone(), "kari-system");
+    let lease = leases.get("kari-controller").await.expect("the Lease");
+    let holder = lease.spec.and_then(|spec| spec.holder_identity);
+    holder.unwrap_or_default()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_goes_on_with_the_rollout_of_a_leader_that_is_killed_within_the_budget() {
+    let _alone = ALONE.lock().await;
+    let space = Space::new(support::testbed(3).await, "standby").await;
+    let files = folder(&app::files("one"));
+    let first = space.push("shop", files.path());
+    let manifest = app::manifest("shop", &first.url, "standby.example.com");
+    space.apply(&manifest).await;
+    space.ready_at("shop", &first.commit).await;
+    let before = leader(&space).await;
+    let mut standby = Standby::start(&space);
+
+    let observer = Observer::start(space.releases());
+    support::write(files.path(), &[("message", "two")]);
+    let second = space.push("shop", files.path());
+    space.request_look("shop").await;
+    space
+        .release_until("shop", "n1", "told", LIMIT, |release| {
+            release.spec.commit == second.commit
+        })
+        .await;
+    assert_eq!(leader(&space).await, before, "two lead");
+    space
+        .testbed
+        .kill(Part::Controller, Signal::KILL)
+        .await
+        .unwrap();
+    space.ready_at("shop", &second.commit).await;
+    let ((most, nodes), order) = observer.end();
+    assert_eq!(most, 1, "more than maxUnavailable at work: {nodes:?}");
+    assert_eq!(order, NODES);
+    let taken_over = leader(&space).await;
+    assert_ne!(taken_over, before);
+    assert_ne!(taken_over, "");
+
+    // One that is told to end lets go of the Lease at once, and the next need not wait for it to expire.
+    let id = rustix::process::Pid::from_child(&standby.0);
+    rustix::process::kill_process(id, Signal::TERM).unwrap();
+    until("the leader has ended", LIMIT, || {
+        let ended = standby.0.try_wait();
+        async move {
+            match ended {
+                Ok(Some(status)) if status.success() => Ok(()),
+                other => Err(format!("{other:?}")),
+            }
+        }
+    })
+    .await;
+    assert_eq!(leader(&space).await, "", "the Lease is held by nobody");
+    space.testbed.start(Part::Controller).await.unwrap();
+    until("somebody leads", LIMIT, || async {
+        match leader(&space).await {
+            leader if leader.is_empty() => Err(leader),
+            _ => Ok(()),
+        }
+    })
+    .await;
 }

@@ -28,15 +28,19 @@ fn good() -> Value {
                 "url": "https://git.example.com/shop.git",
                 "ref": {"branch": "main"},
                 "directory": "services/shop",
+                "submodules": true,
+                "allowRewind": false,
                 "intervalSeconds": 60,
             }},
-            "env": [{"name": "LOG", "value": "info"}],
+            "env": [{"name": "LOG", "value": "info"}, {"name": "LEVEL", "valueFrom": {"configMapKeyRef": {"name": "shop", "key": "level", "optional": true}}}],
+            "envFrom": [{"configMapRef": {"name": "shop", "optional": true}, "prefix": "SHOP_"}],
             "build": {
                 "run": "npm ci\nnpm run build",
                 "env": [{"name": "npm_config_cache", "value": ".cache/npm"}],
                 "network": true,
                 "timeoutSeconds": 900,
                 "resources": {"limits": {"cpu": "2", "memory": "2Gi", "tasks": 512}},
+                "cacheDirectories": [".cache/npm", "target"],
             },
             "processes": [{
                 "name": "web",
@@ -45,11 +49,12 @@ fn good() -> Value {
                 "type": "Simple",
                 "port": {"env": "PORT"},
                 "readinessProbe": {"httpGet": {"path": "/healthz"}, "periodSeconds": 2, "timeoutSeconds": 1},
+                "livenessProbe": {"exec": {"command": ["sh", "-c", "curl -f localhost:$PORT"]}, "initialDelaySeconds": 5, "successThreshold": 1},
                 "resources": {"limits": {"cpu": "500m", "memory": "256Mi", "tasks": 128}},
                 "terminationGracePeriodSeconds": 30,
                 "stateDirectory": true,
                 "sandbox": {"writablePaths": ["/srv/shop"], "addressFamilies": ["AF_INET"], "capabilities": ["CAP_NET_BIND_SERVICE"], "deny": ["JIT"]},
-                "route": {"hosts": ["shop.example.com"]},
+                "route": {"hosts": ["shop.example.com"], "path": "/shop"},
             }],
             "strategy": {"switch": "BlueGreen", "maxUnavailable": 1, "minReadySeconds": 10, "progressDeadlineSeconds": 1800},
             "deletionPolicy": "Orphan",
@@ -96,7 +101,9 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
     let git = |field: &str, value: Value| with(&format!("{GIT}/{field}"), value);
     let mut second = good().pointer(PROCESS).cloned().expect("a process");
     second["name"] = json!("worker");
+    let route_path = |path: &str| process("route", json!({"hosts": ["a.test"], "path": path}));
     let sandbox = |value: Value| with(&format!("{PROCESS}/sandbox"), value);
+    let caches = |value: Value| with("/spec/build/cacheDirectories", value);
     vec![
         (
             "a name with a dot",
@@ -204,12 +211,12 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
         (
             "two kinds of reference",
             git("ref", json!({"branch": "main", "tag": "v1"})),
-            "set exactly one of branch, tag, name, commit",
+            "set exactly one of branch, tag, semver, name, commit",
         ),
         (
             "no kind of reference",
             git("ref", json!({})),
-            "set exactly one of branch, tag, name, commit",
+            "set exactly one of branch, tag, semver, name, commit",
         ),
         (
             "a branch that is an option",
@@ -278,7 +285,7 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
         ),
         (
             "a variable named twice",
-            with("/spec/env/1", json!({"name": "LOG", "value": "b"})),
+            with("/spec/env/2", json!({"name": "LOG", "value": "b"})),
             "Duplicate value",
         ),
         (
@@ -292,6 +299,41 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
             "Too long",
         ),
         (
+            "a variable with a value and a reference",
+            with("/spec/env/1/value", json!("x")),
+            "set value or valueFrom, not both",
+        ),
+        (
+            "a variable from nothing",
+            with("/spec/env/1/valueFrom", json!({})),
+            "set exactly one kind of reference: configMapKeyRef",
+        ),
+        (
+            "a key with a slash",
+            with("/spec/env/1/valueFrom/configMapKeyRef/key", json!("a/b")),
+            "configMapKeyRef.key",
+        ),
+        (
+            "a ConfigMap in capitals",
+            with("/spec/envFrom/0/configMapRef/name", json!("Shop")),
+            "configMapRef.name",
+        ),
+        (
+            "variables from nothing",
+            with("/spec/envFrom/0", json!({})),
+            "set exactly one kind of reference: configMapRef",
+        ),
+        (
+            "a range with a newline",
+            git("ref", json!({"semver": "1.x\n"})),
+            "ref.semver",
+        ),
+        (
+            "a range and a tag",
+            git("ref", json!({"semver": "1.x", "tag": "v1"})),
+            "set exactly one of branch, tag, semver, name, commit",
+        ),
+        (
             "a build with run and command",
             with("/spec/build/command", json!(["make"])),
             "set exactly one of run, command",
@@ -300,6 +342,46 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
             "a build with neither",
             with("/spec/build/run", Value::Null),
             "set exactly one of run, command",
+        ),
+        (
+            "a cache directory that leaves the directory",
+            caches(json!(["../npm"])),
+            "without '.' and '..' parts",
+        ),
+        (
+            "an absolute cache directory",
+            caches(json!(["/root/.cache"])),
+            "spec.build.cacheDirectories[0]",
+        ),
+        (
+            "a cache directory with a colon, which a mount could misread",
+            caches(json!(["a:b"])),
+            "spec.build.cacheDirectories[0]",
+        ),
+        (
+            "the directory itself as a cache directory",
+            caches(json!(["."])),
+            "without '.' and '..' parts",
+        ),
+        (
+            "a cache directory within another",
+            caches(json!(["target", "target/debug"])),
+            "must not lie within another",
+        ),
+        (
+            "a cache directory twice",
+            caches(json!(["target", "target"])),
+            "Duplicate value",
+        ),
+        (
+            "nine cache directories",
+            caches((0..9).map(|n| json!(format!("c{n}"))).collect()),
+            "at most 8 items",
+        ),
+        (
+            "cache directories in a directory that a mount could misread",
+            git("directory", json!("services/my shop")),
+            "with build.cacheDirectories, source.git.directory",
         ),
         (
             "a build timeout of a second",
@@ -335,9 +417,9 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
             "Duplicate value",
         ),
         (
-            "two processes with one host",
+            "two processes with one host and one path",
             with("/spec/processes/1", second),
-            "two processes route the same host",
+            "two processes route the same host with the same path",
         ),
         (
             "a process name in capitals",
@@ -387,12 +469,38 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
         (
             "a probe of two kinds",
             process("readinessProbe", json!({"httpGet": {}, "tcpSocket": {}})),
-            "set exactly one of httpGet, tcpSocket",
+            "set exactly one of httpGet, tcpSocket, exec",
         ),
         (
             "a probe of no kind",
             process("readinessProbe", json!({})),
-            "set exactly one of httpGet, tcpSocket",
+            "set exactly one of httpGet, tcpSocket, exec",
+        ),
+        (
+            "a probe by a command without a program",
+            process("readinessProbe", json!({"exec": {"command": ["A=1"]}})),
+            "the first word of a command names a program",
+        ),
+        (
+            "a worker without a port that is asked for one",
+            with(
+                PROCESS,
+                json!({"name": "worker", "command": ["./worker"], "livenessProbe": {"tcpSocket": {}}}),
+            ),
+            "an httpGet or tcpSocket livenessProbe needs port",
+        ),
+        (
+            "a liveness probe of no kind",
+            process("livenessProbe", json!({"periodSeconds": 5})),
+            "set exactly one of httpGet, tcpSocket, exec",
+        ),
+        (
+            "a liveness probe that wants two successes",
+            process(
+                "livenessProbe",
+                json!({"tcpSocket": {}, "successThreshold": 2}),
+            ),
+            "less than or equal to 1",
         ),
         (
             "a probe that outlasts its period",
@@ -466,6 +574,46 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
             "should have at least 1 items",
         ),
         (
+            "a path that is relative",
+            route_path("shop"),
+            "route.path in body should match",
+        ),
+        (
+            "a path that is a rule of nginx",
+            route_path("/a { return 200 x; }"),
+            "route.path in body should match",
+        ),
+        (
+            "a path with an escape",
+            route_path("/a%2fb"),
+            "route.path in body should match",
+        ),
+        (
+            "a path that goes up",
+            route_path("/a/../b"),
+            "must not have '.' or '..' parts",
+        ),
+        (
+            "a path with an empty part",
+            route_path("/a//b"),
+            "must not end with '/' or have '//'",
+        ),
+        (
+            "a path with a slash at the end",
+            route_path("/a/"),
+            "must not end with '/' or have '//'",
+        ),
+        (
+            "a path of Kari's own",
+            route_path("/.well-known/kari"),
+            "/.well-known/kari is Kari's own",
+        ),
+        (
+            "a path of 257 characters",
+            route_path(&format!("/{}", "a".repeat(256))),
+            "Too long",
+        ),
+        (
             "a way to switch that there is not",
             with("/spec/strategy/switch", json!("Canary")),
             "Unsupported value: \"Canary\"",
@@ -507,8 +655,8 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
         ),
         (
             "a field that is not in the schema",
-            with("/spec/source/git/submodules", json!(true)),
-            "unknown field \"spec.source.git.submodules\"",
+            with("/spec/source/git/depth", json!(1)),
+            "unknown field \"spec.source.git.depth\"",
         ),
     ]
 }
@@ -554,6 +702,13 @@ fn accepted() -> Vec<(&'static str, Value)> {
             with(PROCESS, json!({"name": "worker", "command": ["./worker"]})),
         ),
         (
+            "a worker that is probed by a command",
+            with(
+                PROCESS,
+                json!({"name": "worker", "command": ["./worker"], "readinessProbe": {"exec": {"command": ["./check"]}}}),
+            ),
+        ),
+        (
             "numbers for quantities",
             with(
                 "/spec/build/resources/limits",
@@ -571,6 +726,45 @@ fn accepted() -> Vec<(&'static str, Value)> {
                 json!({"hosts": ["*.example.com"]}),
             ),
         ),
+        (
+            "a range of versions",
+            with(
+                &format!("{GIT}/ref"),
+                json!({"semver": ">=1.0.0, <3.0.0 || ^4.1"}),
+            ),
+        ),
+        (
+            "a variable with a name alone",
+            with("/spec/env/0", json!({"name": "LOG"})),
+        ),
+        (
+            "a path of everything",
+            with(
+                &format!("{PROCESS}/route"),
+                json!({"hosts": ["a.test"], "path": "/"}),
+            ),
+        ),
+        ("two processes that share a host", {
+            let mut second = good().pointer(PROCESS).cloned().expect("a process");
+            second["name"] = json!("api");
+            second["route"]["path"] = json!("/shop/api");
+            with("/spec/processes/1", second)
+        }),
+        ("16 processes that share 16 hosts", {
+            let hosts: Vec<_> = (0..16)
+                .map(|n| format!("{}{n:02}", "a".repeat(61)))
+                .collect();
+            let mut manifest = good();
+            let process = |n: usize| {
+                let mut process = good().pointer(PROCESS).cloned().expect("a process");
+                process["name"] = json!(format!("p{n}"));
+                process["route"] =
+                    json!({"hosts": hosts, "path": format!("/{}{n:02}", "a".repeat(253))});
+                process
+            };
+            manifest["spec"]["processes"] = (0..16).map(process).collect();
+            manifest
+        }),
         (
             "an environment value of several lines",
             with("/spec/env/0/value", json!("a\n$b\t\"c\" %d")),

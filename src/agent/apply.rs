@@ -1,10 +1,11 @@
 //! Does what was planned: small steps, each safe to do twice.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::host::mirror::{MirrorError, MirrorState, SourceUrl, Want};
+use super::host::mirror::{MirrorError, MirrorState};
 use super::host::port::{self, PortError};
 use super::host::proxy::{DRAIN_LIMIT, OldWorkers, ProxyError, VirtualHost};
 use super::host::records::{
@@ -20,6 +21,7 @@ use super::node::{Node, lock, monotonic};
 use super::observe::target_text;
 use super::plan::{self, Step};
 use super::view::{Health, Observed};
+use super::wanted::source_want;
 use crate::api::deployment::Process;
 use crate::api::reasons::{Class, Reason};
 use crate::runtime::error_chain;
@@ -195,7 +197,6 @@ impl Apply<'_> {
                 // Killed in either case: what a build left running has nothing to save.
                 let _ = node.systemd.kill_unit(unit, SIGKILL).await;
                 node.systemd.stop_unit(unit, STEP_STOP_LIMIT).await?;
-                node.wake_waiting();
                 node.trash.notify_one();
             }
             Step::Seal => {
@@ -263,6 +264,7 @@ impl Apply<'_> {
                     folder.remove()?;
                 }
                 node.trash.notify_one();
+                node.held.notify_one();
                 node.withdraw(app);
                 lock(&node.claims).remove(app);
                 let mut memory = lock(&memory);
@@ -296,18 +298,12 @@ impl Apply<'_> {
     // ---- Build ------------------------------------------------------------
 
     fn want_commit(&self) -> Result<(), StepError> {
-        let source = &self.attempt()?.wish.template.source;
-        let commit = self.attempt()?.wish.commit.clone();
+        let applied = self.observed.applied.as_ref();
         self.require_tool("git")?;
-        let Ok(url) = SourceUrl::parse(&source.url) else {
+        let Some(want) = source_want(self.attempt()?, applied) else {
             return Err(StepError::Outdated(
                 "the url was valid when the wish was read",
             ));
-        };
-        let want = Want {
-            source: url,
-            reference: source.reference.clone(),
-            commit,
         };
         let memory = self.node.memory(&self.observed.app);
         self.node.mirrors.want(&self.observed.app, want.clone());
@@ -355,9 +351,20 @@ impl Apply<'_> {
         };
         let build = wish.template.build.as_ref();
         let users = self.users(folder).await?;
-        let script = build.map(unit::build_script).transpose()?;
+        let directory = wish.template.source.directory.as_deref();
+        let caches = self.open_caches(folder, users.build.uid).await?;
+        let mut script = build.map(unit::build_script).transpose()?;
+        // With submodules the directory may be in one of them, of which the commit alone does not tell.
+        let needs_check = !caches.is_empty() && !wish.template.source.submodules;
+        if let Some(script) = script.as_mut().filter(|_| needs_check) {
+            let check = unit::directory_check(&wish.commit, directory, &node.tool_path)?;
+            script.insert_str(0, &check);
+        }
         let stage =
             folder.create_stage(build_key, *build_try, users.build.uid, script.as_deref())?;
+        for (_, place) in &caches {
+            stage.create_folder(place, users.build.uid)?;
+        }
         let env_file = match build {
             Some(build) => Some(folder.write_env(&unit::build_environment(build)?)?.1),
             None => None,
@@ -367,8 +374,10 @@ impl Apply<'_> {
             commit: &wish.commit,
             mirror: &mirror,
             stage: &stage,
-            directory: wish.template.source.directory.as_deref(),
+            directory,
+            submodules: wish.template.source.submodules,
             build,
+            caches: &caches,
             env_file: env_file.as_deref(),
             user: &users.build.name,
             tool_path: &node.tool_path,
@@ -378,6 +387,30 @@ impl Apply<'_> {
         let name = unit::build_unit_name(&self.observed.app, &wish.release_id, *build_try);
         node.systemd.start_transient(&name, &settings).await?;
         Ok(())
+    }
+
+    /// The caches of the attempt's build: where they are on the node and in the tree.
+    async fn open_caches(
+        &self,
+        folder: &AppFolder,
+        uid: u32,
+    ) -> Result<Vec<(PathBuf, PathBuf)>, StepError> {
+        let wish = &self.attempt()?.wish;
+        let mut caches = vec![];
+        let build = wish.template.build.iter();
+        for directory in build.flat_map(|build| &build.cache_directories) {
+            let (of, name) = (folder.clone(), directory.clone());
+            let cache = blocking(move || of.open_cache(&name, uid)).await?;
+            if let Some(why) = cache.emptied {
+                let line = format!("the cache directory {directory} was emptied: {why}");
+                tracing::info!(app = %self.observed.app, "{line}");
+                folder.append_log(&wish.release_id, BUILD_STEP, &line)?;
+                self.node.trash.notify_one();
+            }
+            let source_directory = wish.template.source.directory.as_deref();
+            caches.push((cache.path, unit::cache_place(source_directory, directory)));
+        }
+        Ok(caches)
     }
 
     async fn users(&self, folder: &AppFolder) -> Result<AppUsers, StepError> {

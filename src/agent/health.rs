@@ -2,12 +2,15 @@
 //! who listens on its port, and what its probe found.
 //!
 //! Ready is: a probe's success; without a probe, a port that the app's user
-//! listens on; with neither, up for `minReadySeconds` without a restart.
+//! listens on; with neither, up for `minReadySeconds` without a restart. What was
+//! ready is asked whether it is alive, and [`Tracker::restart`] says when one
+//! that is not is to be restarted.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::host::port::{Listener, PortState, port_state, unreachable_message};
-use super::host::probe::{Readiness, Timings, Verdict};
+use super::host::probe::{Checks, ProbeKind, Timings, Verdict};
 use super::host::records::RecordedFailure;
 use super::host::systemd::{ActiveState, UnitState};
 use super::plan::CRASH_LOOP_RESTARTS;
@@ -39,12 +42,24 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 pub struct Tracker {
     /// The start that it is about.
     pub invocation: String,
-    /// The probe's checks of this start, if there is a probe.
-    pub readiness: Option<Readiness>,
-    /// Whether a check is under way.
-    pub probing: bool,
+    /// The readiness probe's checks of this start, if there is one.
+    pub readiness: Option<Checks>,
+    /// The liveness probe's checks of this start, if there is one.
+    pub liveness: Option<Checks>,
+    /// The checks that are under way.
+    pub under_way: BTreeSet<ProbeKind>,
     /// Since when it is ready without a break.
     pub ready_since: Option<Duration>,
+    /// Whether this start was ready once: from then on it is asked whether it is alive.
+    pub was_ready: bool,
+    /// The start that the agent ended as it was not alive, and why.
+    pub ended_by_agent: Option<(String, String)>,
+    /// Why the agent ended the start before this one, if it did.
+    pub restarted_for: Option<String>,
+    /// Restarts of what was not alive, without a long life between them, and when the last was.
+    pub liveness_restarts: u32,
+    /// When the last of them was.
+    pub last_liveness_restart: Option<Duration>,
     /// How its main process ended last: result, code and status.
     pub last_end: Option<(String, i32, i32)>,
     /// systemd's count of restarts when it was ready first.
@@ -63,14 +78,88 @@ impl Tracker {
             ));
         }
         if self.invocation != state.invocation_id {
+            self.restarted_for = self
+                .ended_by_agent
+                .take()
+                .and_then(|(start, why)| (start == self.invocation).then_some(why));
             self.invocation = state.invocation_id.clone();
             self.readiness = process
                 .readiness_probe
                 .as_ref()
-                .map(|probe| Readiness::new(Timings::from(probe), now));
+                .map(|probe| Checks::new(Timings::from(probe), now));
+            self.liveness = process
+                .liveness_probe
+                .as_ref()
+                .map(|probe| Checks::new(Timings::from(probe), now));
             self.ready_since = None;
+            self.was_ready = false;
         }
     }
+
+    /// Whether a service that is not alive is to be restarted.
+    pub fn restart(&self, now: Duration) -> Restart {
+        let ending = |(start, _): &(String, String)| *start == self.invocation;
+        let Some(why) = self.not_alive() else {
+            return Restart::No;
+        };
+        if self.ended_by_agent.as_ref().is_some_and(ending) {
+            return Restart::No;
+        }
+        let pause = match self.liveness_restarts {
+            0 => Duration::ZERO,
+            restarts => FIRST_LIVENESS_PAUSE
+                .saturating_mul(1 << (restarts - 1).min(16))
+                .min(LONGEST_LIVENESS_PAUSE),
+        };
+        match self.last_liveness_restart.map(|last| last + pause) {
+            Some(due) if now < due => Restart::At(due),
+            Some(_) | None => Restart::Now { why },
+        }
+    }
+
+    /// Takes in that the agent ends this start now.
+    pub fn note_restart(&mut self, why: String, now: Duration) {
+        self.ended_by_agent = Some((self.invocation.clone(), why));
+        self.liveness_restarts = self.liveness_restarts.saturating_add(1);
+        self.last_liveness_restart = Some(now);
+    }
+
+    /// Why it is not alive, as its liveness probe says.
+    fn not_alive(&self) -> Option<String> {
+        match self.liveness.as_ref()?.verdict() {
+            Verdict::Failed(error) => Some(error.to_string()),
+            Verdict::Waiting | Verdict::Ready => None,
+        }
+    }
+
+    fn is_alive(&self) -> bool {
+        let says_so = |checks: &Checks| *checks.verdict() == Verdict::Ready;
+        self.liveness.as_ref().is_none_or(says_so)
+    }
+}
+
+/// The pause after the first restart of what was not alive; each further one doubles it. core/v1's
+/// CrashLoopBackOff.
+const FIRST_LIVENESS_PAUSE: Duration = Duration::from_secs(10);
+
+/// The longest such pause.
+const LONGEST_LIVENESS_PAUSE: Duration = Duration::from_secs(300);
+
+/// After a life of this length the next restart is without a pause again: twice the longest, as in core/v1.
+const FORGET_LIVENESS_RESTARTS: Duration = Duration::from_secs(600);
+
+/// Whether a service is to be restarted as it is not alive.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Restart {
+    /// No, or it is being restarted.
+    No,
+    /// Not before then.
+    At(Duration),
+    /// Yes.
+    Now {
+        /// What its probe said.
+        why: String,
+    },
 }
 
 /// What is looked at.
@@ -87,18 +176,32 @@ pub struct Look<'a> {
     pub listeners: &'a [Listener],
     /// `minReadySeconds`.
     pub min_ready: Duration,
+    /// Whether its release is committed: what it was before the agent was started is not known, but it
+    /// was ready once.
+    pub is_committed: bool,
     /// Now, CLOCK_MONOTONIC.
     pub now: Duration,
 }
 
 /// Whether the service does what it should, and what is to be remembered of that.
 pub fn health(look: &Look<'_>, tracker: &mut Tracker) -> Health {
+    let up = Duration::from_micros(look.state.active_enter_monotonic);
+    let is_steady = look.state.active_state == ActiveState::Active
+        && tracker.was_ready
+        && tracker.is_alive()
+        && look.now >= up + FORGET_RESTARTS.max(2 * look.min_ready);
+    if is_steady || (look.is_committed && tracker.restarts_when_ready.is_none()) {
+        tracker.restarts_when_ready = Some(look.state.n_restarts);
+    }
+    if is_steady && look.now >= up + FORGET_LIVENESS_RESTARTS {
+        tracker.liveness_restarts = 0;
+    }
     let health = judge(look, tracker);
     match &health {
         Health::Ready { since } => {
             tracker.ready_since = Some(*since);
-            let forgotten = look.now >= *since + FORGET_RESTARTS.max(2 * look.min_ready);
-            if forgotten || tracker.restarts_when_ready.is_none() {
+            tracker.was_ready = true;
+            if tracker.restarts_when_ready.is_none() {
                 tracker.restarts_when_ready = Some(look.state.n_restarts);
             }
         }
@@ -117,6 +220,7 @@ fn judge(look: &Look<'_>, tracker: &Tracker) -> Health {
         uid,
         listeners,
         min_ready,
+        is_committed,
         now,
     } = *look;
     if let Some(port) = port
@@ -130,20 +234,39 @@ fn judge(look: &Look<'_>, tracker: &Tracker) -> Health {
         // It never was ready: one end is enough.
         None if ended(state) => return Health::Failed(start_failure(process, tracker, state)),
         Some(before) if state.n_restarts.saturating_sub(before) >= CRASH_LOOP_RESTARTS => {
-            if is_out_of_memory(process, tracker.last_end.as_ref()) {
-                return Health::Failed(out_of_memory(process));
-            }
+            let last = match &tracker.restarted_for {
+                Some(why) => format!("its livenessProbe failed: {why}"),
+                None if is_out_of_memory(process, tracker.last_end.as_ref()) => {
+                    return Health::Failed(out_of_memory(process));
+                }
+                None => format!("it {}", end_of(tracker.last_end.as_ref())),
+            };
             return Health::Failed(failure(
                 Reason::CrashLooping,
                 format!(
-                    "process {} was restarted {} times since it was ready; last it {}",
+                    "process {} was restarted {} times since it was ready; last {last}",
                     process.name,
                     state.n_restarts - before,
-                    end_of(tracker.last_end.as_ref())
                 ),
             ));
         }
         Some(_) | None => {}
+    }
+    let ended_for = tracker
+        .ended_by_agent
+        .as_ref()
+        .filter(|(start, _)| *start == state.invocation_id)
+        .map(|(_, why)| why.clone());
+    if let Some(why) = tracker.not_alive().or(ended_for) {
+        let message = format!(
+            "process {} is not alive and is restarted, after each time later: its livenessProbe failed: {why}",
+            process.name
+        );
+        return match is_committed {
+            true => Health::Failed(failure(Reason::ProbeFailed, message)),
+            // Its restarts are counted, as any that it causes before its release is committed.
+            false => waiting(message, None),
+        };
     }
     match state.active_state {
         ActiveState::Active | ActiveState::Reloading => {}
@@ -188,7 +311,15 @@ fn judge(look: &Look<'_>, tracker: &Tracker) -> Health {
                 Some(readiness) if matches!(readiness.verdict(), Verdict::Failed(_)) => {
                     probed(process, readiness, tracker, now)
                 }
+                // A command can find good what listens on nothing.
                 None if now >= active_since + LISTEN_LIMIT => {
+                    Health::Failed(failure(Reason::ProbeFailed, not_listening(process, port)))
+                }
+                Some(readiness)
+                    if !tracker.was_ready
+                        && *readiness.verdict() == Verdict::Ready
+                        && now >= active_since + LISTEN_LIMIT =>
+                {
                     Health::Failed(failure(Reason::ProbeFailed, not_listening(process, port)))
                 }
                 Some(_) | None => waiting(
@@ -200,7 +331,8 @@ fn judge(look: &Look<'_>, tracker: &Tracker) -> Health {
                 ),
             },
         },
-        (None, _) => {
+        (None, Some(readiness)) => probed(process, readiness, tracker, now),
+        (None, None) => {
             let up = active_since + min_ready.max(SHORTEST_LIFE);
             if now >= up {
                 Health::Ready {
@@ -220,18 +352,24 @@ fn judge(look: &Look<'_>, tracker: &Tracker) -> Health {
     }
 }
 
-fn probed(process: &Process, readiness: &Readiness, tracker: &Tracker, now: Duration) -> Health {
+fn probed(process: &Process, readiness: &Checks, tracker: &Tracker, now: Duration) -> Health {
     match readiness.verdict() {
         Verdict::Ready => Health::Ready {
             since: tracker.ready_since.unwrap_or(now),
         },
         Verdict::Failed(error) => Health::Failed(failure(
             Reason::ProbeFailed,
-            format!("process {} is not ready: {error}", process.name),
+            format!(
+                "process {} is not ready: its readinessProbe failed: {error}",
+                process.name
+            ),
         )),
         Verdict::Waiting => {
             let what = match readiness.last_error() {
-                Some(error) => format!("process {} is not ready yet: {error}", process.name),
+                Some(error) => format!(
+                    "process {} is not ready yet: its readinessProbe failed: {error}",
+                    process.name
+                ),
                 None => format!("process {} is being probed", process.name),
             };
             waiting(what, Some(readiness.next_check()))
@@ -275,6 +413,10 @@ fn start_failure(process: &Process, tracker: &Tracker, state: &UnitState) -> Rec
                 "process {name} did not say READY=1 in time: call sd_notify, or use type Simple"
             )
         }
+        Some((result, _, _)) if result == "protocol" => format!(
+            "process {name} {} and never said READY=1: call sd_notify, or use type Simple",
+            end_of(end)
+        ),
         end => format!("process {name} {} before it was ready", end_of(end)),
     };
     failure(Reason::StartFailed, message)
@@ -372,6 +514,7 @@ mod tests {
         process: &'a Process,
         state: UnitState,
         listeners: Vec<Listener>,
+        is_committed: bool,
         now: u64,
     }
 
@@ -383,6 +526,7 @@ mod tests {
             uid: 50001,
             listeners: &case.listeners,
             min_ready: Duration::from_secs(5),
+            is_committed: case.is_committed,
             now: Duration::from_secs(case.now),
         };
         tracker.look(case.process, &case.state, look.now);
@@ -403,6 +547,7 @@ mod tests {
             process: &process,
             state: running(),
             listeners: vec![],
+            is_committed: false,
             now: 12,
         };
         let mut tracker = Tracker::default();
@@ -425,6 +570,7 @@ mod tests {
             process: &process,
             state: running(),
             listeners: vec![],
+            is_committed: false,
             now: 12,
         };
         let mut tracker = Tracker::default();
@@ -494,6 +640,7 @@ mod tests {
             ("signal", 2, 11, Reason::StartFailed, "signal 11"),
             ("oom-kill", 2, 9, Reason::ExceededMemory, "memory"),
             ("timeout", 2, 15, Reason::StartFailed, "READY=1"),
+            ("protocol", 1, 0, Reason::StartFailed, "READY=1"),
         ] {
             let state = UnitState {
                 active_state: ActiveState::Activating,
@@ -507,6 +654,7 @@ mod tests {
                 process: &process,
                 state,
                 listeners: vec![],
+                is_committed: false,
                 now: 12,
             };
             let health = judged(&case, &mut Tracker::default());
@@ -537,6 +685,7 @@ mod tests {
                 process,
                 state,
                 listeners: vec![],
+                is_committed: false,
                 now: 12,
             };
             let health = judged(&case, &mut Tracker::default());
@@ -555,6 +704,7 @@ mod tests {
             process: &process,
             state: running(),
             listeners,
+            is_committed: false,
             now: 12,
         };
         let mut tracker = Tracker::default();
@@ -583,5 +733,168 @@ mod tests {
             matches!(reason(&health), Some((Reason::CrashLooping, _))),
             "{health:?}"
         );
+    }
+
+    #[test]
+    fn what_crashed_before_the_agent_was_started_is_not_held_against_a_committed_process() {
+        let process = process(serde_json::json!({"port": {"env": "PORT"}}));
+        let mut case = Case {
+            process: &process,
+            state: UnitState {
+                n_restarts: 2,
+                ..running()
+            },
+            listeners: vec![listener("127.0.0.1:20001", 50001)],
+            is_committed: true,
+            now: 12,
+        };
+        assert!(matches!(
+            judged(&case, &mut Tracker::default()),
+            Health::Ready { .. }
+        ));
+        case.is_committed = false;
+        assert!(matches!(
+            judged(&case, &mut Tracker::default()),
+            Health::Failed(_)
+        ));
+    }
+
+    #[test]
+    fn a_crash_loop_is_forgotten_when_the_process_stays_up() {
+        let process = process(serde_json::json!({"port": {"env": "PORT"}}));
+        let mut case = Case {
+            process: &process,
+            state: running(),
+            listeners: vec![listener("127.0.0.1:20001", 50001)],
+            is_committed: true,
+            now: 12,
+        };
+        let mut tracker = Tracker::default();
+        judged(&case, &mut tracker);
+        case.state.n_restarts = 3;
+        assert_eq!(
+            reason(&judged(&case, &mut tracker)).map(|r| r.0),
+            Some(Reason::CrashLooping)
+        );
+        case.now = 10 + FORGET_RESTARTS.as_secs();
+        assert!(matches!(judged(&case, &mut tracker), Health::Ready { .. }));
+    }
+
+    /// A probed process, and what its liveness probe finds each second.
+    fn not_alive_from(start: u64, tracker: &mut Tracker) {
+        let liveness = tracker.liveness.as_mut().unwrap();
+        for second in start..start + 3 {
+            let error = crate::agent::host::probe::ProbeError::Connect {
+                port: 20001,
+                message: "nobody".into(),
+            };
+            liveness.record(Duration::from_secs(second), Err(error));
+        }
+    }
+
+    #[test]
+    fn what_is_not_alive_is_restarted_later_each_time_up_to_five_minutes() {
+        let process = process(
+            serde_json::json!({"port": {"env": "PORT"}, "livenessProbe": {"tcpSocket": {}, "periodSeconds": 1}}),
+        );
+        let mut case = Case {
+            process: &process,
+            state: running(),
+            listeners: vec![listener("127.0.0.1:20001", 50001)],
+            is_committed: true,
+            now: 100,
+        };
+        let mut tracker = Tracker::default();
+        let mut pauses = vec![];
+        for restarts in 0..8u32 {
+            case.state.n_restarts = restarts;
+            case.state.invocation_id = format!("start {restarts}");
+            judged(&case, &mut tracker);
+            assert_eq!(tracker.restart(Duration::from_secs(case.now)), Restart::No);
+            not_alive_from(case.now, &mut tracker);
+            let last = case.now;
+            case.now += 3;
+            let health = judged(&case, &mut tracker);
+            assert!(
+                matches!(reason(&health), Some((_, m)) if m.contains("livenessProbe failed")),
+                "{health:?}"
+            );
+            if let Restart::At(due) = tracker.restart(Duration::from_secs(case.now)) {
+                case.now = due.as_secs();
+            }
+            let now = Duration::from_secs(case.now);
+            let Restart::Now { why } = tracker.restart(now) else {
+                panic!("no restart at {now:?}");
+            };
+            pauses.push(case.now - last);
+            tracker.note_restart(why, now);
+            assert_eq!(tracker.restart(now), Restart::No, "it is being restarted");
+        }
+        assert_eq!(pauses, [3, 10, 20, 40, 80, 160, 300, 300]);
+        case.state.n_restarts = 8;
+        case.state.invocation_id = "start 8".into();
+        let health = judged(&case, &mut tracker);
+        assert!(
+            matches!(reason(&health), Some((Reason::CrashLooping, m)) if m.contains("livenessProbe failed: cannot connect")),
+            "{health:?}"
+        );
+    }
+
+    #[test]
+    fn what_is_not_alive_while_it_bakes_fails_by_its_third_restart() {
+        let process = process(
+            serde_json::json!({"port": {"env": "PORT"}, "livenessProbe": {"tcpSocket": {}, "periodSeconds": 1}}),
+        );
+        let mut case = Case {
+            process: &process,
+            state: running(),
+            listeners: vec![listener("127.0.0.1:20001", 50001)],
+            is_committed: false,
+            now: 100,
+        };
+        let mut tracker = Tracker::default();
+        judged(&case, &mut tracker);
+        not_alive_from(100, &mut tracker);
+        assert!(matches!(
+            judged(&case, &mut tracker),
+            Health::Waiting { .. }
+        ));
+        tracker.note_restart("nobody".into(), Duration::from_secs(103));
+        case.state.n_restarts = 3;
+        case.state.invocation_id = "another".into();
+        let health = judged(&case, &mut tracker);
+        assert_eq!(reason(&health).map(|r| r.0), Some(Reason::CrashLooping));
+    }
+
+    #[test]
+    fn a_command_makes_a_process_without_a_port_ready() {
+        let process = process(
+            serde_json::json!({"readinessProbe": {"exec": {"command": ["check"]}, "failureThreshold": 1}}),
+        );
+        let case = Case {
+            process: &process,
+            state: running(),
+            listeners: vec![],
+            is_committed: false,
+            now: 100,
+        };
+        let mut tracker = Tracker::default();
+        assert!(matches!(
+            judged(&case, &mut tracker),
+            Health::Waiting { .. }
+        ));
+        let now = Duration::from_secs(100);
+        let not_run = crate::agent::host::probe::ProbeError::NotRun {
+            command: "check".into(),
+            message: "systemd is away".into(),
+        };
+        let readiness = tracker.readiness.as_mut().unwrap();
+        readiness.record(now, Err(not_run));
+        assert!(
+            matches!(judged(&case, &mut tracker), Health::Waiting { .. }),
+            "the process is blamed for what the node could not do"
+        );
+        tracker.readiness.as_mut().unwrap().record(now, Ok(()));
+        assert_eq!(judged(&case, &mut tracker), Health::Ready { since: now });
     }
 }

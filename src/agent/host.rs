@@ -8,6 +8,7 @@
 pub mod records;
 pub mod seal;
 pub mod store;
+mod tree;
 pub mod users;
 
 // What systemd is told (pure), and telling it.
@@ -16,6 +17,9 @@ pub mod quote;
 pub mod slices;
 pub mod systemd;
 pub mod unit;
+
+// Who may do what when.
+pub mod turns;
 
 // Whether it does what it was told.
 pub mod limits;

@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use kube::core::DeserializeGuard;
 use kube::runtime::reflector::{ObjectRef, Store as Reflected};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 use super::host::limits::Limits;
 use super::host::mirror::Mirrors;
+use super::host::probe::exec::EXEC_SLOTS;
 use super::host::proxy::{HostName, Proxy};
 use super::host::store::{Store, UnitFiles};
 use super::host::systemd::Systemd;
@@ -58,12 +59,18 @@ pub struct Node {
     pub client: kube::Client,
     /// The build slots.
     pub slots: Mutex<Slots>,
+    /// Commands of probes that may run.
+    pub probe_slots: Semaphore,
     /// One choice of ports at a time.
     pub choosing: tokio::sync::Mutex<()>,
     /// Hosts that apps have claimed and may not have published yet.
     pub claims: Mutex<BTreeMap<AppName, Vec<HostName>>>,
     /// Something lies in the trash.
     pub trash: Notify,
+    /// What nothing on the node refers to is to be looked for now.
+    pub collect: Notify,
+    /// Whether the disk lacks its reserve.
+    pub short_of_room: AtomicBool,
     /// The Releases have changed, and with them perhaps which apps are held without one.
     pub held: Notify,
     /// Apps that root on the node wants away, and that no Release held when that was asked.
@@ -102,9 +109,12 @@ impl Node {
             listed: AtomicBool::new(false),
             client,
             slots: Mutex::new(Slots::new(build_slots)),
+            probe_slots: Semaphore::new(EXEC_SLOTS),
             choosing: tokio::sync::Mutex::new(()),
             claims: Mutex::new(BTreeMap::new()),
             trash: Notify::new(),
+            collect: Notify::new(),
+            short_of_room: AtomicBool::new(false),
             held: Notify::new(),
             unwanted: Mutex::default(),
             memories: Mutex::new(HashMap::new()),
@@ -166,17 +176,23 @@ impl Node {
         }
     }
 
-    /// The app wants no build slot any more.
-    pub fn withdraw(&self, app: &AppName) {
-        if lock(&self.slots).withdraw(app) {
-            self.wake_waiting();
+    /// Whether the disk lacked its reserve when it was last looked at.
+    pub fn is_short_of_room(&self) -> bool {
+        self.short_of_room.load(Ordering::Relaxed)
+    }
+
+    /// Has every app look for what nothing refers to, whenever it last did.
+    pub fn hasten_collection(&self) {
+        for app in self.apps() {
+            lock(&self.memory(&app)).collected = None;
+            self.trigger.wake(app);
         }
     }
 
-    /// Those who wait for a build slot look again: one may be free.
-    pub fn wake_waiting(&self) {
-        let waiting = lock(&self.slots).order();
-        for app in waiting {
+    /// The app wants no build slot any more.
+    pub fn withdraw(&self, app: &AppName) {
+        let wake = lock(&self.slots).withdraw(app);
+        for app in wake {
             self.trigger.wake(app);
         }
     }

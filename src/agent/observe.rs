@@ -7,23 +7,31 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::health::{self, Look, Tracker};
+use super::health::{self, Look, Restart, Tracker};
+use super::host::jail::Setting;
 use super::host::mirror::MirrorState;
 use super::host::port::{self, PortError};
-use super::host::probe::{self, Check};
+use super::host::probe::{self, Action, Check, ProbeError, ProbeKind, exec};
 use super::host::proxy::{DRAIN_LIMIT, HostName, ProxyError};
-use super::host::records::{AppliedRecord, AttemptRecord, ProcessRecord, RecordedFailure};
+use super::host::records::{
+    AppliedRecord, AttemptRecord, BuildKey, ProcessRecord, RecordedFailure,
+};
 use super::host::store::{AppFolder, DiskReserve, StoreError};
 use super::host::systemd::{ActiveState, SystemdError, UnitState};
-use super::host::unit::{self, OwnUnit};
+use super::host::unit::{self, OwnUnit, ServiceSpec};
+use super::host::users;
 use super::memory::{Drain, Memory};
 use super::node::{Node, lock, monotonic};
+use super::slots::BuildSeen;
 use super::view::{
     Activity, BuildView, DrainView, FileView, Health, HostView, Observed, ServiceView, SlotView,
     SourceView, TargetView, VirtualHostView, Wanted,
 };
+use super::wanted::{rewind_base, source_want};
 use crate::api::deployment::Process;
-use crate::api::names::{AppName, ReleaseId};
+use crate::api::names::{AppName, Commit, ReleaseId};
+use crate::api::release::Template;
+use crate::runtime::error_chain;
 
 /// Between two checks of a process whose release is committed, at least.
 const COMMITTED_PROBE_INTERVAL: Duration = Duration::from_secs(10);
@@ -65,17 +73,29 @@ pub async fn observe(node: &Arc<Node>, app: &AppName) -> Result<Observed, Observ
     };
     let trying = attempt.as_ref().filter(|attempt| attempt.outcome.is_none());
     let needs_tree = trying.filter(|attempt| !folder.has_build(&attempt.build_key));
-    let source = source(node, app, &memory, needs_tree);
+    let needs_source = trying.filter(|attempt| {
+        let is_bound = rewind_base(attempt, applied.as_ref()).is_some();
+        needs_tree.is_some() || (is_bound && attempt.processes.is_empty())
+    });
     let disk_pressure = match needs_tree {
         Some(_) => node.store.disk()?.shortage(&DiskReserve::DEFAULT),
         None => None,
     };
+    let may_fetch = disk_pressure.is_none();
+    let source = source(
+        node,
+        app,
+        &memory,
+        needs_source,
+        applied.as_ref(),
+        may_fetch,
+    );
     let is_held_up = lock(&memory)
         .held_up
         .as_ref()
         .is_some_and(|held_up| now < held_up.until);
     let may_build = needs_tree.filter(|_| disk_pressure.is_none() && !is_held_up);
-    let slot = slot(node, app, &builds, may_build, source.as_ref()).await?;
+    let slot = slot(node, app, &builds, may_build, source.as_ref());
     let conflicts = match trying {
         Some(attempt) if needs_tree.is_none() && attempt.processes.is_empty() => {
             node.claim(app, &hosts_of(attempt), &node.proxy.hosts()?)
@@ -244,6 +264,8 @@ fn source(
     app: &AppName,
     memory: &Mutex<Memory>,
     attempt: Option<&AttemptRecord>,
+    applied: Option<&AppliedRecord>,
+    may_fetch: bool,
 ) -> Option<SourceView> {
     let want = lock(memory).want.clone();
     let Some(attempt) = attempt else {
@@ -253,14 +275,17 @@ fn source(
         }
         return None;
     };
-    let current = want.filter(|want| {
-        want.commit == attempt.wish.commit
-            && want.source.as_str() == attempt.wish.template.source.url
-            && want.reference == attempt.wish.template.source.reference
-    });
-    current?;
+    if want.is_none() || want != source_want(attempt, applied) {
+        return None;
+    }
     let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
     Some(match node.mirrors.state(app)? {
+        // It would begin by itself.
+        MirrorState::Queued { .. } | MirrorState::Failed { .. } if !may_fetch => {
+            lock(memory).want = None;
+            node.mirrors.unwant(app);
+            return None;
+        }
         MirrorState::Ready { mirror: _ } => SourceView::Ready,
         MirrorState::Queued { position, of } => SourceView::Queued {
             position: number(position),
@@ -270,7 +295,8 @@ fn source(
         MirrorState::Failed {
             failure,
             retry_in: _,
-        } => SourceView::Failed(RecordedFailure {
+        }
+        | MirrorState::Refused(failure) => SourceView::Failed(RecordedFailure {
             reason: failure.reason,
             message: failure.message,
             log_tail: None,
@@ -278,40 +304,26 @@ fn source(
     })
 }
 
-/// Asks for a slot while, and only while, the next step is the start of a build.
-async fn slot(
+/// Asks for a slot while, and only while, the next step is the start of a build; who cannot build holds no place.
+fn slot(
     node: &Node,
     app: &AppName,
     builds: &BTreeMap<String, BuildView>,
     attempt: Option<&AttemptRecord>,
     source: Option<&SourceView>,
-) -> Result<SlotView, ObserveError> {
+) -> SlotView {
     let next_is_build = attempt.is_some_and(|attempt| attempt.build_result.is_none())
-        && builds.is_empty()
         && source == Some(&SourceView::Ready);
-    if !next_is_build {
-        // Who cannot build holds no place.
-        node.withdraw(app);
-        return Ok(SlotView::Unasked);
+    let seen = match (builds.is_empty(), next_is_build) {
+        (false, _) => BuildSeen::There,
+        (true, true) => BuildSeen::Wanted,
+        (true, false) => BuildSeen::None,
+    };
+    let (view, wake) = lock(&node.slots).look(app, seen);
+    for app in wake {
+        node.trigger.wake(app);
     }
-    let running: BTreeSet<AppName> = node
-        .systemd
-        .list_units(&["kari-build.*"])
-        .await?
-        .into_iter()
-        .filter(|listed| listed.active_state != ActiveState::Inactive)
-        .filter_map(|listed| match unit::parse_unit_name(&listed.name) {
-            Some(OwnUnit::Build { app, .. }) => Some(app),
-            Some(
-                OwnUnit::Target(_)
-                | OwnUnit::Service { .. }
-                | OwnUnit::Fetch { .. }
-                | OwnUnit::Agent,
-            )
-            | None => None,
-        })
-        .collect();
-    Ok(lock(&node.slots).ask(app, &running))
+    view
 }
 
 // ---- Services -------------------------------------------------------------
@@ -361,15 +373,18 @@ async fn services(
 
     // What each unit is of: the attempt's first, whose spec is the newer.
     let tried = attempt.iter().flat_map(|a| {
+        a.processes.iter().map(|record| {
+            let content = (&a.wish.commit, &a.build_key);
+            (record, &a.wish.template, content, false)
+        })
+    });
+    let committed = applied.iter().flat_map(|a| {
         a.processes
             .iter()
-            .map(|record| (record, &a.wish.template, false))
+            .map(|record| (record, &a.template, (&a.commit, &a.build_key), true))
     });
-    let committed = applied
-        .iter()
-        .flat_map(|a| a.processes.iter().map(|record| (record, &a.template, true)));
-    let mut records: BTreeMap<&str, (&ProcessRecord, &Process, Duration, bool)> = BTreeMap::new();
-    for (record, template, is_committed) in tried.chain(committed) {
+    let mut records: BTreeMap<&str, Recorded<'_>> = BTreeMap::new();
+    for (record, template, (commit, build_key), is_committed) in tried.chain(committed) {
         let Some(process) = template
             .processes
             .iter()
@@ -377,11 +392,17 @@ async fn services(
         else {
             continue;
         };
-        let min_ready = Duration::from_secs(u64::from(template.min_ready_seconds));
         records
             .entry(&record.unit)
-            .and_modify(|known| known.3 |= is_committed)
-            .or_insert((record, process, min_ready, is_committed));
+            .and_modify(|known| known.is_committed |= is_committed)
+            .or_insert(Recorded {
+                record,
+                process,
+                template,
+                commit,
+                build_key,
+                is_committed,
+            });
     }
 
     let uid = node
@@ -389,7 +410,7 @@ async fn services(
         .app(app)
         .read_users()?
         .map(|users| users.service_uid);
-    let listeners = if records.values().any(|(record, ..)| record.port.is_some()) {
+    let listeners = if records.values().any(|known| known.record.port.is_some()) {
         port::listeners()?
     } else {
         vec![]
@@ -397,10 +418,10 @@ async fn services(
     let mut services = BTreeMap::new();
     for name in names {
         let state = node.systemd.get_unit_state(&name).await?;
-        let record = records.get(name.as_str());
-        let file = match (node.units.read(&name)?, record) {
+        let recorded = records.get(name.as_str());
+        let file = match (node.units.read(&name)?, recorded) {
             (None, _) => FileView::Missing,
-            (Some(text), Some((record, ..))) if text != record.text => FileView::Altered,
+            (Some(text), Some(known)) if text != known.record.text => FileView::Altered,
             (Some(_), _) => FileView::Intact,
         };
         let activity = activity(state.as_ref());
@@ -408,18 +429,19 @@ async fn services(
             continue;
         }
         let stale = state.as_ref().is_some_and(|state| state.need_daemon_reload);
-        let health = match (record, &state, uid) {
-            (Some((record, process, min_ready, is_committed)), Some(state), Some(uid)) => {
+        let health = match (recorded, &state, uid) {
+            (Some(known), Some(state), Some(uid)) => {
                 let look = Look {
-                    process,
+                    process: known.process,
                     state,
-                    port: record.port,
+                    port: known.record.port,
                     uid,
                     listeners: &listeners,
-                    min_ready: *min_ready,
+                    min_ready: Duration::from_secs(known.template.min_ready_seconds.into()),
+                    is_committed: known.is_committed,
                     now: monotonic(),
                 };
-                judge(node, app, memory, &name, &look, *is_committed)
+                judge(node, app, memory, known, &look)
             }
             _ => Health::Waiting {
                 what: format!("{name} is not running"),
@@ -456,77 +478,308 @@ fn activity(state: Option<&UnitState>) -> Activity {
     }
 }
 
-/// Judges a service, and has it probed where that is due.
+/// What a unit is of, as the records say.
+struct Recorded<'a> {
+    record: &'a ProcessRecord,
+    process: &'a Process,
+    template: &'a Template,
+    commit: &'a Commit,
+    build_key: &'a BuildKey,
+    is_committed: bool,
+}
+
+/// Judges a service, has it probed where that is due, and restarted where it is not alive.
 fn judge(
     node: &Arc<Node>,
     app: &AppName,
     memory: &Arc<Mutex<Memory>>,
-    unit: &str,
+    recorded: &Recorded<'_>,
     look: &Look<'_>,
-    is_committed: bool,
 ) -> Health {
     let mut remembered = lock(memory);
-    let tracker = remembered.trackers.entry(unit.to_owned()).or_default();
+    let tracker = remembered
+        .trackers
+        .entry(recorded.record.unit.clone())
+        .or_default();
     tracker.look(look.process, look.state, look.now);
     let health = health::health(look, tracker);
-    probe_if_due(node, app, memory, unit, look, is_committed, tracker);
+    let probes = Probes {
+        node,
+        app,
+        memory,
+        recorded,
+        look,
+    };
+    for kind in [ProbeKind::Readiness, ProbeKind::Liveness] {
+        probes.check_if_due(kind, tracker);
+    }
+    probes.restart_if_due(tracker);
     health
 }
 
-/// A check may take long: it runs by itself, and wakes the app when it has ended.
-fn probe_if_due(
-    node: &Arc<Node>,
-    app: &AppName,
-    memory: &Arc<Mutex<Memory>>,
-    unit: &str,
-    look: &Look<'_>,
-    is_committed: bool,
-    tracker: &mut Tracker,
-) {
-    let (Some(probe), Some(port), Some(readiness)) =
-        (&look.process.readiness_probe, look.port, &tracker.readiness)
-    else {
-        return;
-    };
-    if tracker.probing || look.state.active_state != ActiveState::Active {
-        return;
+/// The probes of one service, at one look.
+struct Probes<'a> {
+    node: &'a Arc<Node>,
+    app: &'a AppName,
+    memory: &'a Arc<Mutex<Memory>>,
+    recorded: &'a Recorded<'a>,
+    look: &'a Look<'a>,
+}
+
+impl Probes<'_> {
+    /// A check may take long: it runs by itself, and wakes the app when it has ended.
+    fn check_if_due(&self, kind: ProbeKind, tracker: &mut Tracker) {
+        let (look, process) = (self.look, self.look.process);
+        let probe = match kind {
+            ProbeKind::Readiness => process.readiness_probe.as_ref().map(|probe| {
+                let timeout = probe.timeout_seconds;
+                (Action::from(probe), timeout, &tracker.readiness)
+            }),
+            // What never was ready is the readiness probe's.
+            ProbeKind::Liveness if !tracker.was_ready => None,
+            ProbeKind::Liveness => process.liveness_probe.as_ref().map(|probe| {
+                let timeout = probe.timeout_seconds;
+                (Action::from(probe), timeout, &tracker.liveness)
+            }),
+        };
+        let Some((action, timeout, Some(checks))) = probe else {
+            return;
+        };
+        if tracker.under_way.contains(&kind) || look.state.active_state != ActiveState::Active {
+            return;
+        }
+        let settled = look.is_committed && tracker.ready_since.is_some();
+        let pause = match kind {
+            ProbeKind::Readiness if settled => COMMITTED_PROBE_INTERVAL,
+            ProbeKind::Readiness | ProbeKind::Liveness => Duration::ZERO,
+        };
+        let due = checks.next_check() + pause;
+        if look.now < due {
+            self.node
+                .trigger
+                .wake_after(self.app.clone(), due - look.now);
+            return;
+        }
+        let Some(prepared) = self.prepare(kind, action, timeout) else {
+            return;
+        };
+        tracker.under_way.insert(kind);
+        self.spawn(kind, prepared);
     }
-    let settled = is_committed && tracker.ready_since.is_some();
-    let pause = if settled {
-        COMMITTED_PROBE_INTERVAL
-    } else {
-        Duration::ZERO
-    };
-    if look.now < readiness.next_check() + pause {
-        let due = readiness.next_check() + pause - look.now;
-        node.trigger.wake_after(app.clone(), due);
-        return;
+
+    fn prepare(
+        &self,
+        kind: ProbeKind,
+        action: Action<'_>,
+        timeout_seconds: u32,
+    ) -> Option<Prepared> {
+        let look = self.look;
+        let timeout = Duration::from_secs(timeout_seconds.into());
+        let http_get = match action {
+            Action::Exec(command) => {
+                let program = command.first().cloned().unwrap_or_default();
+                let settings = self
+                    .settings(command, timeout_seconds)
+                    .map_err(|error| error.to_string());
+                return Some(Prepared::Exec {
+                    unit: exec::unit_name(&self.recorded.record.unit, kind),
+                    settings,
+                    program,
+                    timeout,
+                });
+            }
+            Action::Http(get) => Some(get),
+            Action::Tcp => None,
+        };
+        let host = look
+            .process
+            .route
+            .as_ref()
+            .and_then(|route| route.hosts.first())
+            .map(String::as_str);
+        Some(Prepared::Port {
+            check: Check::new(http_get, timeout, host),
+            port: look.port?,
+        })
     }
-    tracker.probing = true;
-    let host = look
-        .process
-        .route
-        .as_ref()
-        .and_then(|route| route.hosts.first())
-        .map(String::as_str);
-    let check = Check::new(probe, host);
-    let (node, app, memory) = (Arc::clone(node), app.clone(), Arc::clone(memory));
-    let (unit, invocation) = (unit.to_owned(), look.state.invocation_id.clone());
-    tokio::spawn(async move {
-        let begun = monotonic();
-        let result = probe::check(&check, port).await;
-        {
-            let mut memory = lock(&memory);
-            if let Some(tracker) = memory.trackers.get_mut(&unit) {
-                tracker.probing = false;
-                // The check of another start says nothing of this one.
-                if tracker.invocation == invocation
-                    && let Some(readiness) = &mut tracker.readiness
-                {
-                    readiness.record(begun, result);
+
+    /// The unit of a command, beside the service as the records have it.
+    fn settings(
+        &self,
+        command: &[String],
+        timeout_seconds: u32,
+    ) -> Result<Vec<Setting>, unit::UnitError> {
+        let Recorded {
+            record,
+            process,
+            template,
+            commit,
+            build_key,
+            is_committed: _,
+        } = *self.recorded;
+        let folder = self.node.store.app(self.app);
+        let state = process
+            .state_directory
+            .then(|| folder.state_folder(&process.name));
+        let spec = ServiceSpec {
+            app: self.app,
+            process,
+            variables: &BTreeMap::new(),
+            env_file: &folder.env_file(&record.env_digest),
+            port: record.port,
+            commit,
+            node: &self.node.name,
+            tree: &folder.build(build_key),
+            directory: template.source.directory.as_deref(),
+            state: state.as_deref(),
+            user: &users::user_name(self.look.uid),
+            tool_path: &self.node.tool_path,
+        };
+        unit::probe_properties(&spec, &record.unit, command, timeout_seconds)
+    }
+
+    fn spawn(&self, kind: ProbeKind, prepared: Prepared) {
+        let (node, app) = (Arc::clone(self.node), self.app.clone());
+        let memory = Arc::clone(self.memory);
+        let unit = self.recorded.record.unit.clone();
+        let invocation = self.look.state.invocation_id.clone();
+        tokio::spawn(async move {
+            let (begun, result) = match prepared {
+                Prepared::Port { check, port } => {
+                    let begun = monotonic();
+                    (begun, probe::check(&check, port).await)
+                }
+                Prepared::Exec {
+                    unit: probe,
+                    settings,
+                    program,
+                    timeout,
+                } => {
+                    let _slot = node.probe_slots.acquire().await;
+                    let begun = monotonic();
+                    let result = match settings {
+                        Ok(settings) => {
+                            exec::run(&node.systemd, &probe, &settings, &program, timeout).await
+                        }
+                        Err(message) => Err(ProbeError::NotRun {
+                            command: program,
+                            message,
+                        }),
+                    };
+                    (begun, result)
+                }
+            };
+            {
+                let mut memory = lock(&memory);
+                if let Some(tracker) = memory.trackers.get_mut(&unit) {
+                    tracker.under_way.remove(&kind);
+                    let checks = match kind {
+                        ProbeKind::Readiness => &mut tracker.readiness,
+                        ProbeKind::Liveness => &mut tracker.liveness,
+                    };
+                    // The check of another start says nothing of this one.
+                    if tracker.invocation == invocation
+                        && let Some(checks) = checks
+                    {
+                        checks.record(begun, result);
+                    }
                 }
             }
+            node.trigger.wake(app);
+        });
+    }
+
+    /// Ends what is not alive, so that systemd starts it again: by SIGTERM, and after the grace period by
+    /// SIGKILL.
+    fn restart_if_due(&self, tracker: &mut Tracker) {
+        let look = self.look;
+        if look.state.active_state != ActiveState::Active {
+            return;
         }
-        node.trigger.wake(app);
-    });
+        let why = match tracker.restart(look.now) {
+            Restart::No => return,
+            Restart::At(due) => {
+                self.node
+                    .trigger
+                    .wake_after(self.app.clone(), due - look.now);
+                return;
+            }
+            Restart::Now { why } => why,
+        };
+        let unit = self.recorded.record.unit.clone();
+        tracing::warn!(app = %self.app, unit, restarts = tracker.liveness_restarts, "restarting a process that is not alive: {why}");
+        tracker.note_restart(why, look.now);
+        let grace = Duration::from_secs(look.process.termination_grace_period_seconds.into());
+        let invocation = look.state.invocation_id.clone();
+        let (node, app) = (Arc::clone(self.node), self.app.clone());
+        let memory = Arc::clone(self.memory);
+        tokio::spawn(async move {
+            if let Err(error) = end_start(&node, &unit, &invocation, grace).await {
+                tracing::warn!(%app, unit, "a process that is not alive cannot be ended: {}", error_chain(&error));
+                // It is tried again, in its time.
+                if let Some(tracker) = lock(&memory).trackers.get_mut(&unit) {
+                    tracker.ended_by_agent = None;
+                }
+            }
+            node.trigger.wake(app);
+        });
+    }
+}
+
+/// A check that is about to be made.
+enum Prepared {
+    /// It asks a port.
+    Port {
+        /// What it asks.
+        check: Check,
+        /// The port.
+        port: u16,
+    },
+    /// It is a command.
+    Exec {
+        /// Its unit.
+        unit: String,
+        /// What the unit is, or why it cannot be made.
+        settings: Result<Vec<Setting>, String>,
+        /// The command's program.
+        program: String,
+        /// Its deadline.
+        timeout: Duration,
+    },
+}
+
+const SIGTERM: i32 = 15;
+const SIGKILL: i32 = 9;
+
+/// Between two looks whether a start has ended.
+const END_LOOK: Duration = Duration::from_millis(500);
+
+/// How long a process may take to go that was killed.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+
+/// Ends the processes of one start of a unit; another start is left alone.
+async fn end_start(
+    node: &Node,
+    unit: &str,
+    invocation: &str,
+    grace: Duration,
+) -> Result<(), SystemdError> {
+    for (signal, limit) in [(SIGTERM, grace), (SIGKILL, KILL_LIMIT)] {
+        if limit.is_zero() {
+            continue;
+        }
+        node.systemd.kill_unit(unit, signal).await?;
+        let deadline = monotonic() + limit;
+        while monotonic() < deadline {
+            let state = node.systemd.get_unit_state(unit).await?;
+            let runs = state.is_some_and(|state| {
+                state.invocation_id == invocation && state.active_state == ActiveState::Active
+            });
+            if !runs {
+                return Ok(());
+            }
+            tokio::time::sleep(END_LOOK.min(limit)).await;
+        }
+    }
+    Ok(())
 }

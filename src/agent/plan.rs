@@ -258,6 +258,7 @@ enum Newer<'a> {
 fn begin(observed: &Observed, wish: &Wish) -> Plan {
     let build_key = unit::build_key(
         &wish.commit,
+        wish.template.source.submodules,
         wish.template.source.directory.as_deref(),
         wish.template.build.as_ref(),
     );

@@ -1,18 +1,20 @@
 //! From a Release to what is wanted: parsed once, here, into what the planner
 //! can take as valid.
 
+use std::collections::BTreeSet;
+
 use kube::core::DeserializeGuard;
 use kube::{Resource, ResourceExt};
 
-use super::host::mirror::SourceUrl;
-use super::host::proxy::HostName;
-use super::host::records::{RecordedFailure, Wish};
+use super::host::mirror::{SourceUrl, Want};
+use super::host::proxy::{HostName, RoutePath};
+use super::host::records::{AppliedRecord, AttemptRecord, RecordedFailure, Wish};
 use super::view::Wanted;
 use crate::api::Release;
 use crate::api::deployment::DeletionPolicy;
 use crate::api::names::{AppName, Commit, NodeName, ReleaseId, RevisionName, release_name};
 use crate::api::reasons::Reason;
-use crate::api::release::OnDelete;
+use crate::api::release::{OnDelete, Template};
 
 /// The app that a Release on this node is about; nothing for one that is another node's or cannot be told.
 pub fn app_of(object: &DeserializeGuard<Release>, node: &NodeName) -> Option<AppName> {
@@ -89,15 +91,7 @@ fn wish(release: &Release) -> Result<Wish, String> {
     let app = AppName::new(&namespace, &spec.deployment).map_err(|error| error.to_string())?;
     let commit = Commit::parse(&spec.commit).map_err(|error| error.to_string())?;
     SourceUrl::parse(&spec.template.source.url).map_err(|error| error.to_string())?;
-    for host in spec
-        .template
-        .processes
-        .iter()
-        .filter_map(|process| process.route.as_ref())
-        .flat_map(|route| &route.hosts)
-    {
-        HostName::parse(host).map_err(|error| error.to_string())?;
-    }
+    check_routes(&spec.template)?;
     let owner = release
         .owner_references()
         .iter()
@@ -117,4 +111,47 @@ fn wish(release: &Release) -> Result<Wish, String> {
             .map(|revision| RevisionName::new(revision.clone()))
             .collect(),
     })
+}
+
+/// What the mirror is asked for; nothing where the url is none, which no wish has.
+pub fn source_want(attempt: &AttemptRecord, applied: Option<&AppliedRecord>) -> Option<Want> {
+    let Wish {
+        commit, template, ..
+    } = &attempt.wish;
+    Some(Want {
+        source: SourceUrl::parse(&template.source.url).ok()?,
+        reference: template.source.reference.clone(),
+        commit: commit.clone(),
+        base: rewind_base(attempt, applied).cloned(),
+        submodules: template.source.submodules,
+    })
+}
+
+/// The commit that the attempt's must descend from; nothing where any will do.
+pub fn rewind_base<'a>(
+    attempt: &AttemptRecord,
+    applied: Option<&'a AppliedRecord>,
+) -> Option<&'a Commit> {
+    let running = &applied?.release.as_ref()?.commit;
+    let is_bound = !attempt.wish.template.source.allow_rewind && *running != attempt.wish.commit;
+    is_bound.then_some(running)
+}
+
+/// The proxy takes host names and paths as they are, and each path of a host once.
+fn check_routes(template: &Template) -> Result<(), String> {
+    let mut seen = BTreeSet::new();
+    let routes = template
+        .processes
+        .iter()
+        .filter_map(|process| process.route.as_ref());
+    for route in routes {
+        let path = RoutePath::parse(&route.path).map_err(|error| error.to_string())?;
+        for host in &route.hosts {
+            let host = HostName::parse(host).map_err(|error| error.to_string())?;
+            if !seen.insert((host.clone(), path.clone())) {
+                return Err(format!("two processes route {host} with the path {path}"));
+            }
+        }
+    }
+    Ok(())
 }

@@ -61,6 +61,7 @@ fn mend(definition: CustomResourceDefinition) -> Result<CustomResourceDefinition
             if is_release {
                 if let Some(template) = schema.pointer_mut("/properties/spec/properties/template") {
                     strip_rules(template);
+                    resolve_variables(template);
                 }
             } else if let Some(rules) = schema
                 .get_mut("x-kubernetes-validations")
@@ -106,6 +107,23 @@ fn replace_formats(value: &mut Value) {
             map.values_mut().for_each(replace_formats);
         }
         Value::Array(items) => items.iter_mut().for_each(replace_formats),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+/// A template has values where a Deployment may have references: nothing is left to look up, and a value
+/// from elsewhere may be longer than one that is written down. Their sum is bounded where they are read.
+fn resolve_variables(value: &mut Value) {
+    match value {
+        Value::Object(map) => {
+            if map.remove("valueFrom").is_some()
+                && let Some(plain) = map.get_mut("value").and_then(Value::as_object_mut)
+            {
+                plain.remove("maxLength");
+            }
+            map.values_mut().for_each(resolve_variables);
+        }
+        Value::Array(items) => items.iter_mut().for_each(resolve_variables),
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
     }
 }

@@ -40,21 +40,27 @@ use super::quantity::{Cpu, Memory};
     validation = kube::core::Rule::new("oldSelf.hasValue() || (self.metadata.name.size() <= 52 && !self.metadata.name.contains('.'))").message("metadata.name must be at most 52 characters without dots"),
 )]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = ("!has(self.build) || !has(self.build.cacheDirectories) || self.build.cacheDirectories.size() == 0 || !has(self.source.git) || !has(self.source.git.directory) || self.source.git.directory.matches('^[A-Za-z0-9._/-]+$')", "with build.cacheDirectories, source.git.directory must be of letters, digits and . _ - / alone"))]
 pub struct DeploymentSpec {
     /// Which nodes run it.
     pub placement: Placement,
     /// Where the code comes from.
     pub source: Source,
-    /// Variables of every process, not of the build.
+    /// Variables of every process, not of the build. They win over `envFrom`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub env: Vec<EnvVar>,
+    /// Objects whose every key becomes a variable of every process, not of the build. A key that a later
+    /// object has too is the later one's. Keys that are no names of variables are passed over.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "atomic"))]
+    pub env_from: Vec<EnvFromSource>,
     /// How the checkout becomes what runs; without it the checkout is what runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub build: Option<Build>,
     /// The services, committed together or not at all. At least one, at most 16.
     #[schemars(length(min = 1, max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
-    #[x_kube(validation = ("self.all(p, !has(p.route) || self.exists_one(q, has(q.route) && q.route.hosts.exists(h, h in p.route.hosts)))", "two processes route the same host"))]
+    #[x_kube(validation = ("self.all(p, !has(p.route) || self.exists_one(q, has(q.route) && q.route.path == p.route.path && q.route.hosts.exists(h, h in p.route.hosts)))", "two processes route the same host with the same path"))]
     pub processes: Vec<Process>,
     /// How a new revision replaces the old one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -179,10 +185,24 @@ pub struct GitSource {
     #[schemars(length(min = 1, max = 512), regex(pattern = r"^[^\x00-\x1f\x7f]+$"))]
     #[x_kube(validation = ("!self.contains('//') && !self.startsWith('/') && !self.split('/').exists(p, p == '..')", "must be a relative path without '..' parts"))]
     pub directory: Option<String>,
+    /// Check out the submodules of the commit too, and theirs: at most 256, 8 deep, by https or ssh, and by
+    /// http or git only where `url` is of these itself. Relative urls are resolved against the parent's.
+    #[serde(default)]
+    pub submodules: bool,
+    /// Whether a node may change to a commit that does not descend from the one that it runs, as after a
+    /// force push. Where it may not, the node keeps what it runs and says `RewindRefused`. A first
+    /// installation has nothing to compare with.
+    #[serde(default = "default_allow_rewind")]
+    pub allow_rewind: bool,
     /// Seconds between two looks at the repository, with up to 10 % of jitter.
     #[serde(default = "default_interval_seconds")]
     #[schemars(range(min = 10, max = 86400))]
     pub interval_seconds: u32,
+}
+
+/// Force pushes are followed unless the spec says otherwise.
+pub(super) fn default_allow_rewind() -> bool {
+    true
 }
 
 fn default_interval_seconds() -> u32 {
@@ -193,7 +213,7 @@ fn default_interval_seconds() -> u32 {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-map-type" = "atomic"))]
-#[x_kube(validation = ("[has(self.branch), has(self.tag), has(self.name), has(self.commit)].exists_one(x, x)", "set exactly one of branch, tag, name, commit"))]
+#[x_kube(validation = ("[has(self.branch), has(self.tag), has(self.semver), has(self.name), has(self.commit)].exists_one(x, x)", "set exactly one of branch, tag, semver, name, commit"))]
 #[x_kube(validation = (r"!has(self.branch) || !(self.branch.startsWith('-') || self.branch.startsWith('/') || self.branch.endsWith('/') || self.branch.endsWith('.lock') || self.branch.contains('..') || self.branch.contains('//') || self.branch.contains('@{') || self.branch.matches('[\\x00-\\x20\\x7f~^:?*\\[\\\\]'))", "branch is not a valid git ref name"))]
 #[x_kube(validation = (r"!has(self.tag) || !(self.tag.startsWith('-') || self.tag.startsWith('/') || self.tag.endsWith('/') || self.tag.endsWith('.lock') || self.tag.contains('..') || self.tag.contains('//') || self.tag.contains('@{') || self.tag.matches('[\\x00-\\x20\\x7f~^:?*\\[\\\\]'))", "tag is not a valid git ref name"))]
 pub struct GitReference {
@@ -205,6 +225,15 @@ pub struct GitReference {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 244))]
     pub tag: Option<String>,
+    /// The tag with the highest version in this range, such as `1.x`, `~1.4`, `^2.0.0` or
+    /// `>=1.0.0 <3.0.0 || 4.1.0`. Tags are versions of three numbers, with or without a `v` before them.
+    /// Pre-releases count only where a part of the range names one of the same three numbers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        length(min = 1, max = 256),
+        regex(pattern = r"^[0-9A-Za-z.*^~<>=|, +-]+$")
+    )]
+    pub semver: Option<String>,
     /// The commit of this full reference, such as `refs/pull/7/head`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(
@@ -221,10 +250,12 @@ pub struct GitReference {
     pub commit: Option<String>,
 }
 
-/// A variable with a plain value. Anybody who may view the object can read it.
+/// A variable with a plain value or one from a ConfigMap. Anybody who may view the object, or the Releases
+/// that are made from it, can read it.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = ("!self.name.startsWith('KARI_')", "names that start with KARI_ are Kari's own"))]
+#[x_kube(validation = ("!(has(self.value) && has(self.valueFrom))", "set value or valueFrom, not both"))]
 pub struct EnvVar {
     /// The variable's name: letters, digits and `_`, not starting with a digit.
     #[schemars(
@@ -232,10 +263,90 @@ pub struct EnvVar {
         regex(pattern = r"^[A-Za-z_][A-Za-z0-9_]*$")
     )]
     pub name: String,
-    /// Its value; empty by default. No NUL.
-    #[serde(default)]
+    /// Its value; empty where neither this nor `valueFrom` is set. No NUL.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 16384), regex(pattern = r"^[^\x00]*$"))]
-    pub value: String,
+    pub value: Option<String>,
+    /// Where its value is read. It is read again at each look at the source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value_from: Option<EnvVarSource>,
+}
+
+impl EnvVar {
+    /// A variable with a plain value.
+    pub fn plain(name: impl Into<String>, value: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            value: Some(value.into()),
+            value_from: None,
+        }
+    }
+
+    /// The plain value; empty by default. In what was rendered, every value is plain.
+    pub fn plain_value(&self) -> &str {
+        self.value.as_deref().unwrap_or_default()
+    }
+}
+
+/// Where the value of a variable is read: exactly one of its fields.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = ("has(self.configMapKeyRef)", "set exactly one kind of reference: configMapKeyRef"))]
+pub struct EnvVarSource {
+    /// A key of a ConfigMap in the Deployment's namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config_map_key_ref: Option<ConfigMapKeySelector>,
+}
+
+/// A key of a ConfigMap, as in core/v1.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct ConfigMapKeySelector {
+    /// The ConfigMap's name.
+    #[schemars(
+        length(min = 1, max = 253),
+        regex(pattern = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")
+    )]
+    pub name: String,
+    /// The key within its `data`.
+    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[-._a-zA-Z0-9]+$"))]
+    pub key: String,
+    /// Leave the variable unset where the ConfigMap or the key is not there, instead of waiting for it
+    /// (ReferenceNotFound).
+    #[serde(default)]
+    pub optional: bool,
+}
+
+/// An object whose every key becomes a variable: exactly one kind.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = ("has(self.configMapRef)", "set exactly one kind of reference: configMapRef"))]
+pub struct EnvFromSource {
+    /// A ConfigMap in the Deployment's namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config_map_ref: Option<ConfigMapEnvSource>,
+    /// Put before each key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        length(min = 1, max = 128),
+        regex(pattern = r"^[A-Za-z_][A-Za-z0-9_]*$")
+    )]
+    pub prefix: Option<String>,
+}
+
+/// A ConfigMap, as in core/v1.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct ConfigMapEnvSource {
+    /// The ConfigMap's name.
+    #[schemars(
+        length(min = 1, max = 253),
+        regex(pattern = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")
+    )]
+    pub name: String,
+    /// Go without it where it is not there, instead of waiting for it (ReferenceNotFound).
+    #[serde(default)]
+    pub optional: bool,
 }
 
 /// How the checkout becomes what runs. It sees `build.env` alone, runs as a user of its own
@@ -267,6 +378,14 @@ pub struct Build {
     /// What the build may use at most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resources: Option<BuildResources>,
+    /// Folders that are kept from build to build of this Deployment on a node, for caches of
+    /// packages and compilers: relative to `source.git.directory`, none within another. Point the
+    /// tool at them. The result has an empty folder there: what it needs must be copied elsewhere.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8), inner(length(min = 1, max = 256), regex(pattern = r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$")), extend("x-kubernetes-list-type" = "set"))]
+    #[x_kube(validation = ("self.all(d, d.split('/').all(p, p != '.' && p != '..'))", "a cache directory must be a relative path without '.' and '..' parts"))]
+    #[x_kube(validation = ("!self.exists(d, self.exists(e, e.startsWith(d + '/')))", "a cache directory must not lie within another"))]
+    pub cache_directories: Vec<String>,
 }
 
 fn default_true() -> bool {
@@ -306,7 +425,8 @@ pub struct ResourceLimits {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = ("!has(self.route) || has(self.port)", "a process with a route needs port"))]
-#[x_kube(validation = ("!has(self.readinessProbe) || has(self.port)", "an httpGet or tcpSocket readinessProbe needs port"))]
+#[x_kube(validation = ("!has(self.readinessProbe) || has(self.readinessProbe.exec) || has(self.port)", "an httpGet or tcpSocket readinessProbe needs port"))]
+#[x_kube(validation = ("!has(self.livenessProbe) || has(self.livenessProbe.exec) || has(self.port)", "an httpGet or tcpSocket livenessProbe needs port"))]
 #[x_kube(validation = ("!has(self.port) || !has(self.env) || !self.env.exists(e, e.name == self.port.env)", "env must not set the variable that port.env names"))]
 #[x_kube(validation = ("!has(self.port) || !has(self.sandbox) || !has(self.sandbox.addressFamilies) || self.sandbox.addressFamilies.size() == 0 || self.sandbox.addressFamilies.exists(f, f == 'AF_INET' || f == 'AF_INET6')", "a process with a port needs AF_INET or AF_INET6"))]
 pub struct Process {
@@ -318,7 +438,8 @@ pub struct Process {
     pub name: String,
     /// The command with its arguments, without a shell. The program is looked for in
     /// `source.git.directory` if it has a slash, else on the node's tool path.
-    /// `$(NAME)` is replaced by the value of a variable of this process or of `port.env`.
+    /// `$(NAME)` is replaced by the value of a variable that `env` names or of `port.env`; not by one that
+    /// only `envFrom` has, or that may be absent.
     #[schemars(length(min = 1, max = 64), inner(length(max = 4096), regex(pattern = r"^[^\x00-\x08\x0b-\x1f\x7f]*$")), extend("x-kubernetes-list-type" = "atomic"))]
     #[x_kube(validation = ("self.size() == 0 || (self[0] != '' && !self[0].contains('='))", "the first word of a command names a program: not empty and without '='"))]
     pub command: Vec<String>,
@@ -326,7 +447,9 @@ pub struct Process {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub env: Vec<EnvVar>,
-    /// How the process says that it is up: `Simple` by its probe, `Notify` by sd_notify READY=1.
+    /// How the process says that it is up: `Simple` by its probe, `Notify` by sd_notify READY=1, and its
+    /// probe then. For READY=1 it has 90 seconds, or, with a readinessProbe, the time of its failures:
+    /// `initialDelaySeconds` and `failureThreshold` times `periodSeconds`.
     #[serde(default, rename = "type")]
     #[schemars(default = "default_process_type")]
     pub process_type: ProcessType,
@@ -336,7 +459,12 @@ pub struct Process {
     /// When the process may get traffic. Without it: when its port is listened on; without a
     /// port: when it has run for `strategy.minReadySeconds` without a restart.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub readiness_probe: Option<Probe>,
+    pub readiness_probe: Option<ReadinessProbe>,
+    /// Whether the process still works. It is asked from when the process was ready first; after
+    /// `failureThreshold` failures in a row the process, and no other, is restarted: at once the first
+    /// time, then at intervals that double from 10 s to 300 s until it was alive for 10 minutes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub liveness_probe: Option<LivenessProbe>,
     /// What the process may use at most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resources: Option<ProcessResources>,
@@ -386,18 +514,21 @@ pub struct Port {
     pub env: String,
 }
 
-/// A check of a process, with core/v1's meaning of its timings.
+/// Whether a process may get traffic, with core/v1's meaning of the timings.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = ("[has(self.httpGet), has(self.tcpSocket)].exists_one(x, x)", "set exactly one of httpGet, tcpSocket"))]
+#[x_kube(validation = ("[has(self.httpGet), has(self.tcpSocket), has(self.exec)].exists_one(x, x)", "set exactly one of httpGet, tcpSocket, exec"))]
 #[x_kube(validation = ("!has(self.timeoutSeconds) || !has(self.periodSeconds) || self.timeoutSeconds <= self.periodSeconds", "timeoutSeconds must not exceed periodSeconds"))]
-pub struct Probe {
+pub struct ReadinessProbe {
     /// Succeeds on a status from 200 to 399.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub http_get: Option<HttpGet>,
     /// Succeeds when a connection is accepted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tcp_socket: Option<TcpSocket>,
+    /// Succeeds when a command ends with exit 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exec: Option<ExecAction>,
     /// Seconds to wait before the first check.
     #[serde(default)]
     #[schemars(range(min = 0, max = 3600))]
@@ -425,6 +556,63 @@ fn default_one() -> u32 {
 }
 fn default_failure_threshold() -> u32 {
     60
+}
+
+/// Whether a process still works, with core/v1's timings and defaults.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = ("[has(self.httpGet), has(self.tcpSocket), has(self.exec)].exists_one(x, x)", "set exactly one of httpGet, tcpSocket, exec"))]
+#[x_kube(validation = ("!has(self.timeoutSeconds) || !has(self.periodSeconds) || self.timeoutSeconds <= self.periodSeconds", "timeoutSeconds must not exceed periodSeconds"))]
+pub struct LivenessProbe {
+    /// Succeeds on a status from 200 to 399.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub http_get: Option<HttpGet>,
+    /// Succeeds when a connection is accepted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tcp_socket: Option<TcpSocket>,
+    /// Succeeds when a command ends with exit 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exec: Option<ExecAction>,
+    /// Seconds after a start before the first check.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 3600))]
+    pub initial_delay_seconds: u32,
+    /// Seconds between two checks.
+    #[serde(default = "default_liveness_period_seconds")]
+    #[schemars(range(min = 1, max = 3600))]
+    pub period_seconds: u32,
+    /// Seconds after which a check has failed.
+    #[serde(default = "default_one")]
+    #[schemars(range(min = 1, max = 3600))]
+    pub timeout_seconds: u32,
+    /// Successes in a row that make it alive: one, as in core/v1.
+    #[serde(default = "default_one")]
+    #[schemars(range(min = 1, max = 1))]
+    pub success_threshold: u32,
+    /// Failures in a row after which the process is restarted.
+    #[serde(default = "default_liveness_failure_threshold")]
+    #[schemars(range(min = 1, max = 3600))]
+    pub failure_threshold: u32,
+}
+
+fn default_liveness_period_seconds() -> u32 {
+    10
+}
+fn default_liveness_failure_threshold() -> u32 {
+    3
+}
+
+/// A command that is run beside the process: as its user, in its jail, with its environment, files,
+/// /tmp and network, and with limits as its own.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct ExecAction {
+    /// The command with its arguments, without a shell and as it stands, as in core/v1: a variable
+    /// such as the port is for `[sh, -c, 'curl -f localhost:$PORT']`. The program is looked for as
+    /// that of the process is.
+    #[schemars(length(min = 1, max = 64), inner(length(max = 4096), regex(pattern = r"^[^\x00-\x08\x0b-\x1f\x7f]*$")), extend("x-kubernetes-list-type" = "atomic"))]
+    #[x_kube(validation = ("self.size() == 0 || (self[0] != '' && !self[0].contains('='))", "the first word of a command names a program: not empty and without '='"))]
+    pub command: Vec<String>,
 }
 
 /// A GET to the process.
@@ -556,10 +744,23 @@ pub enum Denial {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
 pub struct Route {
-    /// Host names, lower case; a leading `*.` stands for any one or more labels. A name belongs to one
-    /// Deployment per node.
+    /// Host names, lower case; a leading `*.` stands for any one or more labels, and a name without it goes
+    /// first. Requests are compared without regard to case. A name belongs to one Deployment per node: a
+    /// second one waits (RouteConflict) and gets it when it is free.
     #[schemars(length(min = 1, max = 16), inner(length(min = 1, max = 253), regex(pattern = r"^(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")), extend("x-kubernetes-list-type" = "set"))]
     pub hosts: Vec<String>,
+    /// How the paths of the requests begin, by whole segments: `/api` is for `/api` and `/api/x`, not for
+    /// `/apix`. Of several that fit the longest wins; the path is passed on unchanged. Processes may share a
+    /// host with different paths; where none fits, the answer is 404.
+    #[serde(default = "default_path")]
+    #[schemars(
+        length(min = 1, max = 256),
+        regex(pattern = r"^/[A-Za-z0-9._~@:+/-]*$")
+    )]
+    #[x_kube(validation = ("self == '/' || (!self.endsWith('/') && !self.contains('//'))", "must not end with '/' or have '//': /api is for /api, /api/ and all below"))]
+    #[x_kube(validation = ("!self.split('/').exists(p, p == '.' || p == '..')", "must not have '.' or '..' parts"))]
+    #[x_kube(validation = ("self != '/.well-known/kari' && !self.startsWith('/.well-known/kari/')", "/.well-known/kari is Kari's own"))]
+    pub path: String,
 }
 
 /// How a new revision replaces the old one, on a node and over the nodes.
@@ -673,7 +874,7 @@ pub struct DeploymentStatus {
 pub struct ResolvedSource {
     /// The url that was asked.
     pub url: String,
-    /// The full name of the reference that was looked up, or the commit itself.
+    /// The full name of the reference that was looked up, of the tag that a range found, or the commit itself.
     #[serde(rename = "ref")]
     pub reference: String,
     /// The commit, all of its digits.

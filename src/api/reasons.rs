@@ -78,6 +78,10 @@ reasons! {
     HostKeyMismatch => Environment,
     /// The reference is not in the repository.
     RefNotFound => Environment,
+    /// A ConfigMap, or a key of it, that `env` or `envFrom` names is not there.
+    ReferenceNotFound => Environment,
+    /// The environment of a Deployment is larger than it may be.
+    ReferenceTooLarge => Environment,
     /// The disk has no reserve left.
     DiskPressure => Environment,
     /// The proxy is not running, or somebody else holds its port.
@@ -102,6 +106,8 @@ reasons! {
     RouteConflict => Invalid,
     /// The administrator does not allow it.
     PolicyDenied => Invalid,
+    /// The commit does not descend from the one that runs, and `source.git.allowRewind` is false.
+    RewindRefused => Invalid,
     /// No node matches the placement.
     NoMatchingNodes => Invalid,
 
@@ -163,7 +169,11 @@ impl Reason {
     pub const fn needs_a_person(self) -> bool {
         matches!(
             self,
-            Reason::RefNotFound | Reason::AuthenticationFailed | Reason::HostKeyMismatch
+            Reason::RefNotFound
+                | Reason::AuthenticationFailed
+                | Reason::HostKeyMismatch
+                | Reason::ReferenceNotFound
+                | Reason::ReferenceTooLarge
         )
     }
 }

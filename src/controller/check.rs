@@ -1,8 +1,11 @@
 //! What a schema cannot say about a spec, checked before anything follows from it. Pure.
 
 use crate::api::DeploymentSpec;
-use crate::api::deployment::{GitSource, Process, ResourceLimits};
+use crate::api::deployment::{EnvVar, GitSource, Process, ResourceLimits};
 use crate::api::reasons::Reason;
+
+use super::references;
+use super::source::range::Range;
 
 /// Why a spec cannot be carried out, and what to change.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -17,10 +20,13 @@ pub struct Refusal {
 /// The least memory that a service is limited to, as the schema's description says.
 const LEAST_MEMORY_BYTES: u64 = 4 * 1024 * 1024;
 
+/// ConfigMaps that one Deployment refers to: each is a request to the API server at every look.
+const MOST_CONFIG_MAPS: usize = 32;
+
 /// The source of a spec that can be carried out.
 ///
-/// Refused are a spec without a source, quantities that cannot be read, a command that names a variable
-/// which the process has not (`InvalidSpec`), and an insecure scheme where the administrator does not
+/// Refused are a spec without a source, a range of versions or quantities that cannot be read, references to too many
+/// ConfigMaps, a command that names a variable which the process may not have (`InvalidSpec`), and an insecure scheme where the administrator does not
 /// allow it (`PolicyDenied`).
 pub fn check(spec: &DeploymentSpec, insecure_source_schemes: bool) -> Result<&GitSource, Refusal> {
     let invalid = |message: String| Refusal {
@@ -42,6 +48,14 @@ pub fn check(spec: &DeploymentSpec, insecure_source_schemes: bool) -> Result<&Gi
                 "spec.source.git.url: {scheme} is not allowed here; use https:// or ssh://, or have the administrator start the controller with --insecure-source-schemes"
             ),
         });
+    }
+    if let Some(range) = source.reference.as_ref().and_then(|r| r.semver.as_deref()) {
+        Range::parse(range).map_err(|e| invalid(format!("spec.source.git.ref.semver: {e}")))?;
+    }
+    if references::count(spec) > MOST_CONFIG_MAPS {
+        return Err(invalid(format!(
+            "env and envFrom refer to more than {MOST_CONFIG_MAPS} ConfigMaps; put what belongs together into one"
+        )));
     }
     let build_limits = spec
         .build
@@ -82,11 +96,16 @@ fn check_process(process: &Process, spec: &DeploymentSpec) -> Result<(), String>
     check_limits(limits).map_err(|m| format!("resources.limits.{m}"))?;
     for word in &process.command {
         for name in named_variables(word) {
-            let known = process.env.iter().chain(&spec.env).any(|e| e.name == name)
+            let sure = |variable: &EnvVar| {
+                let reference = variable.value_from.as_ref();
+                let key = reference.and_then(|r| r.config_map_key_ref.as_ref());
+                variable.name == name && key.is_none_or(|key| !key.optional)
+            };
+            let known = process.env.iter().chain(&spec.env).any(sure)
                 || process.port.as_ref().is_some_and(|port| port.env == name);
             if !known {
                 return Err(format!(
-                    "command: $({name}) is not a variable of this process; set it in env, or write $$({name}) for the text itself"
+                    "command: $({name}) is not a variable of this process that is sure to be set; set it in env (envFrom and optional references do not count), or write $$({name}) for the text itself"
                 ));
             }
         }
@@ -114,7 +133,8 @@ fn named_variables(word: &str) -> Vec<&str> {
     names
 }
 
-fn is_variable_name(text: &str) -> bool {
+/// Whether a variable can have this name.
+pub fn is_variable_name(text: &str) -> bool {
     !text.starts_with(|c: char| c.is_ascii_digit())
         && !text.is_empty()
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
@@ -149,6 +169,29 @@ mod tests {
                 json!(["x", "--at=$(NOPE)"]),
                 Reason::InvalidSpec,
                 "processes[web].command: $(NOPE)",
+            ),
+            (
+                "a variable that may be absent",
+                "/env",
+                json!([{"name": "LOG", "valueFrom": {"configMapKeyRef": {"name": "a", "key": "b", "optional": true}}}]),
+                Reason::InvalidSpec,
+                "processes[web].command: $(LOG)",
+            ),
+            (
+                "no range",
+                "/source/git/ref",
+                json!({"semver": "latest"}),
+                Reason::InvalidSpec,
+                "spec.source.git.ref.semver: \"latest\" is not a range",
+            ),
+            (
+                "many ConfigMaps",
+                "/envFrom",
+                (0..33)
+                    .map(|n| json!({"configMapRef": {"name": format!("c{n}")}}))
+                    .collect(),
+                Reason::InvalidSpec,
+                "more than 32 ConfigMaps",
             ),
             (
                 "little memory",

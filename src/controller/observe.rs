@@ -29,6 +29,7 @@ use super::observed::{
 };
 use super::placement;
 use super::reach::Leases;
+use super::references::{Contents, Question, References};
 use super::revision;
 use super::source::Sources;
 use super::source::schedule::Interest;
@@ -61,6 +62,8 @@ pub enum Found {
     Deleting,
     /// The cache does not show yet what this process wrote last.
     Behind,
+    /// What the Deployment refers to is being read: nothing may follow before it is, and then the key is woken.
+    Unread,
     /// A Deployment that this version cannot read.
     Unreadable(Box<InvalidObject>),
     /// All that a plan needs.
@@ -183,6 +186,7 @@ impl Caches {
         key: &Key,
         memory: &mut Memory,
         sources: &Sources,
+        references: &References,
         insecure_source_schemes: bool,
     ) -> Found {
         let Some(found) = self.deployments.get(&reference(key)) else {
@@ -199,10 +203,16 @@ impl Caches {
         if memory.superseded.get(key) == Some(&deployment.resource_version) {
             return Found::Behind;
         }
+        // Asked in any case, so that both go on at once.
+        let lookup = lookup(key, &deployment, sources, insecure_source_schemes);
+        let Some(contents) = contents(key, &deployment, references, insecure_source_schemes) else {
+            return Found::Unread;
+        };
         Found::Observed(Box::new(Observed {
             nodes: self.nodes_of(key, &deployment, memory),
             revisions: self.revisions_of(key, &deployment),
-            lookup: lookup(key, &deployment, sources, insecure_source_schemes),
+            lookup,
+            contents,
             deployment,
             insecure_source_schemes,
         }))
@@ -376,11 +386,9 @@ fn lookup(
             answered_request: deployment.requested_at.clone(),
         };
     };
-    let known = deployment
-        .status
-        .source
-        .as_ref()
-        .is_some_and(|s| s.url == source.url && s.reference == reference);
+    let known = deployment.status.source.as_ref().is_some_and(|s| {
+        s.url == source.url && revision::may_stand_for(source.reference.as_ref(), &s.reference)
+    });
     let handled = deployment
         .status
         .last_handled
@@ -393,11 +401,31 @@ fn lookup(
     let interest = Interest {
         url: source.url.clone(),
         reference,
+        range: revision::range(source.reference.as_ref()).map(str::to_owned),
         interval: Duration::from_secs(u64::from(source.interval_seconds)),
         known,
         request,
     };
     sources.want(key, interest)
+}
+
+/// What the Deployment's references hold; nothing while that is being read.
+fn contents(
+    key: &Key,
+    deployment: &ObservedDeployment,
+    references: &References,
+    insecure_source_schemes: bool,
+) -> Option<Contents> {
+    if check(&deployment.spec, insecure_source_schemes).is_err() {
+        references.forget(key);
+        return Some(Contents::new());
+    }
+    let question = Question {
+        uid: deployment.uid.clone(),
+        spec: deployment.spec.clone(),
+        request: deployment.requested_at.clone(),
+    };
+    references.want(key, question)
 }
 
 /// Where a cache keeps the object under `key`.

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use super::references::Contents;
 use crate::api::names::{Commit, NodeName, ReleaseId, RevisionName};
 use crate::api::reasons::{Class, Reason};
 use crate::api::release::{Failure, Phase, Template};
@@ -21,6 +22,8 @@ pub struct Observed {
     pub revisions: Vec<ObservedRevision>,
     /// What is known of the source.
     pub lookup: Lookup,
+    /// What the ConfigMaps hold that the spec refers to.
+    pub contents: Contents,
     /// Whether the administrator allows `http://` and `git://`.
     pub insecure_source_schemes: bool,
 }
@@ -64,6 +67,8 @@ pub enum Outcome {
     Pending,
     /// The reference stands for this commit.
     Found(Commit),
+    /// The range stands for the tag of this full name, which is of this commit.
+    FoundTag(String, Commit),
     /// The source could not be asked, or does not have the reference.
     Failed(LookupFailure),
 }

@@ -20,9 +20,9 @@ use super::check::check;
 use super::observed::{
     FailureClass, Observed, ObservedNode, ObservedRevision, Outcome, RevisionData,
 };
-use super::revision;
 use super::rollout::{HELD_UP_LIMIT, Input, Rollout, Step, Wanted, all_held_up, decide};
 use super::status::{Facts, count, statements};
+use super::{references, revision};
 
 /// Blocked revisions that the status names at most; the newest.
 const BLOCKED_REVISIONS_KEPT: usize = 5;
@@ -78,14 +78,19 @@ pub fn plan(observed: &Observed, now: Timestamp) -> Plan {
     let before = &deployment.status;
     let checked = check(&deployment.spec, observed.insecure_source_schemes);
     let source = checked.as_ref().ok().copied();
-    let commit = source.and_then(|source| wanted_commit(observed, source));
-    let wanted = source.zip(commit).map(|(source, commit)| {
-        let data = RevisionData {
-            commit,
-            template: revision::render(&deployment.spec, source),
-        };
-        let revision = revision::name(&deployment.name, &data, &observed.revisions);
-        Wanted { revision, data }
+    let environment = references::resolve(&deployment.spec, &observed.contents);
+    let data = source.and_then(|source| match &environment {
+        Ok(environment) => {
+            let (commit, reference) = wanted_commit(observed, source)?;
+            let environment = environment.clone();
+            let template = revision::render(&deployment.spec, source, reference, environment);
+            Some(RevisionData { commit, template })
+        }
+        Err(_) => held(observed, source),
+    });
+    let wanted = data.map(|data| Wanted {
+        revision: revision::name(&deployment.name, &data, &observed.revisions),
+        data,
     });
 
     let retried = deployment.retry.is_some() && deployment.retry != handled_retry(before);
@@ -123,6 +128,7 @@ pub fn plan(observed: &Observed, now: Timestamp) -> Plan {
     let facts = Facts {
         observed,
         refusal: checked.as_ref().err(),
+        unresolved: environment.as_ref().err(),
         wanted: wanted.as_ref(),
         counts: &counts,
         rollout: &rollout,
@@ -166,29 +172,55 @@ pub fn plan(observed: &Observed, now: Timestamp) -> Plan {
     }
 }
 
-/// The commit that is wanted: the one that the spec names, the last answer of the source, or what the
-/// same url and reference stood for before: a source that cannot be asked changes nothing.
-fn wanted_commit(observed: &Observed, source: &GitSource) -> Option<Commit> {
+/// The commit that is wanted, and the reference that it was found at: the one that the spec names, the last answer
+/// of the source, or what the same url and reference stood for before: a source that cannot be asked changes nothing.
+fn wanted_commit(observed: &Observed, source: &GitSource) -> Option<(Commit, Option<String>)> {
     if let Some(commit) = revision::named_commit(source) {
-        return Some(commit);
+        return Some((commit, None));
     }
+    let reference = source.reference.as_ref();
     match &observed.lookup.outcome {
-        Outcome::Found(commit) => Some(commit.clone()),
+        Outcome::Found(commit) => Some((commit.clone(), revision::full_reference(reference))),
+        Outcome::FoundTag(tag, commit) => Some((commit.clone(), Some(tag.clone()))),
         Outcome::Pending | Outcome::Failed(_) => {
             let before = observed.deployment.status.source.as_ref()?;
-            let same = before.url == source.url
-                && Some(&before.reference)
-                    == revision::full_reference(source.reference.as_ref()).as_ref();
-            same.then(|| Commit::parse(&before.commit).ok()).flatten()
+            let same =
+                before.url == source.url && revision::may_stand_for(reference, &before.reference);
+            let commit = Commit::parse(&before.commit).ok().filter(|_| same)?;
+            Some((commit, Some(before.reference.clone())))
         }
     }
 }
 
+/// The revision that stands, if the spec could be it but for what its references hold: one that cannot be resolved
+/// changes nothing.
+fn held(observed: &Observed, source: &GitSource) -> Option<RevisionData> {
+    let deployment = &observed.deployment;
+    let revision = deployment.status.revision.as_deref()?;
+    let found = observed
+        .revisions
+        .iter()
+        .find(|r| r.name.as_str() == revision)?;
+    let held = found.data.as_ref()?;
+    let environment = references::held(&deployment.spec, &held.template)?;
+    let reference = held.template.source.reference.clone();
+    let data = RevisionData {
+        commit: held.commit.clone(),
+        template: revision::render(&deployment.spec, source, reference, environment),
+    };
+    let same = held.template.source.url == source.url && revision::same_content(&data, held);
+    same.then_some(data)
+}
+
 fn resolved(source: Option<&GitSource>, wanted: Option<&Wanted>) -> Option<ResolvedSource> {
-    let (source, commit) = (source?, &wanted?.data.commit);
+    let (source, wanted) = (source?, wanted?);
+    let RevisionData { commit, template } = &wanted.data;
     Some(ResolvedSource {
         url: source.url.clone(),
-        reference: revision::full_reference(source.reference.as_ref())
+        reference: template
+            .source
+            .reference
+            .clone()
             .unwrap_or_else(|| commit.to_string()),
         commit: commit.to_string(),
         short_commit: commit.short().to_owned(),

@@ -24,6 +24,7 @@ use super::apply::{Applied, FIELD_MANAGER, Refused, apply, refused};
 use super::observe::{Caches, Found, Memory};
 use super::observed::{Observed, ObservedDeployment};
 use super::plan::plan;
+use super::references::References;
 use super::source::Sources;
 use super::{release, rollout};
 
@@ -46,6 +47,8 @@ pub struct Context {
     pub caches: Caches,
     /// What is looked up.
     pub sources: Sources,
+    /// What is referred to.
+    pub references: References,
     /// What no cache says.
     pub memory: Arc<Mutex<Memory>>,
     /// Where events go.
@@ -90,14 +93,16 @@ impl Context {
             let mut memory = self.memory();
             let insecure = self.insecure_source_schemes;
             self.caches
-                .observe(&key, &mut memory, &self.sources, insecure)
+                .observe(&key, &mut memory, &self.sources, &self.references, insecure)
         };
         let outcome = match found {
             Found::Nothing | Found::Deleting => {
                 self.sources.forget(&key);
+                self.references.forget(&key);
                 self.memory().forget(&key);
                 return Ok(Action::Done);
             }
+            Found::Unread => return Ok(Action::Done),
             Found::Behind => return Ok(Action::After(CATCH_UP)),
             Found::Unreadable(invalid) => self.say_unreadable(&key, &invalid).await,
             Found::Observed(observed) => self.carry_on(&key, &observed).await,

@@ -1,6 +1,6 @@
 //! The history: what makes a revision, what it is called, and which ones are kept. Pure.
 //!
-//! Invariant: same content, same name. Content is the commit, the directory, the build, the variables
+//! Invariant: same content, same name. Content is the commit, its submodules, the directory, the build, the variables
 //! and the processes; not the url, the interval, the placement, the strategy or the retention, which
 //! change a Release in place.
 
@@ -9,17 +9,23 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 
 use crate::api::DeploymentSpec;
-use crate::api::deployment::{GitReference, GitSource, Process, Strategy, Switch};
+use crate::api::deployment::{Build, GitReference, GitSource, Process, Strategy, Switch};
 use crate::api::names::{Commit, RevisionName, hex_digest};
 use crate::api::release::{Template, TemplateSource};
 
 use super::observed::{ObservedRevision, RevisionData};
+use super::references::Environment;
+use super::source::range::Range;
 
 /// Hexadecimal digits of the content in a revision's name: 40 bits, so that two contents of one
 /// Deployment's few dozen revisions do not meet.
 const NAME_DIGITS: usize = 10;
 
-/// The full name of the reference that is wanted, or nothing where the spec names the commit itself.
+/// What stands for every tag where references are asked for.
+const EVERY_TAG: &str = "refs/tags/*";
+
+/// The full name of the reference that is wanted, the pattern of those that a range looks at, or nothing where
+/// the spec names the commit itself.
 pub fn full_reference(reference: Option<&GitReference>) -> Option<String> {
     let Some(reference) = reference else {
         return Some("refs/heads/main".to_owned());
@@ -27,6 +33,7 @@ pub fn full_reference(reference: Option<&GitReference>) -> Option<String> {
     let GitReference {
         branch,
         tag,
+        semver,
         name,
         commit,
     } = reference;
@@ -37,12 +44,37 @@ pub fn full_reference(reference: Option<&GitReference>) -> Option<String> {
         .as_ref()
         .map(|branch| format!("refs/heads/{branch}"))
         .or_else(|| tag.as_ref().map(|tag| format!("refs/tags/{tag}")))
+        .or_else(|| semver.as_ref().map(|_| EVERY_TAG.to_owned()))
         .or_else(|| name.clone())
         .or_else(|| Some("refs/heads/main".to_owned()))
 }
 
-/// What a node needs to know, with nothing left to look up.
-pub fn render(spec: &DeploymentSpec, source: &GitSource) -> Template {
+/// The range of versions that is wanted.
+pub fn range(reference: Option<&GitReference>) -> Option<&str> {
+    reference?.semver.as_deref()
+}
+
+/// Whether what was found at `found` before is still what `reference` may stand for.
+pub fn may_stand_for(reference: Option<&GitReference>, found: &str) -> bool {
+    match range(reference) {
+        Some(text) => Range::parse(text).is_ok_and(|range| range.version_of(found).is_some()),
+        None => full_reference(reference).as_deref() == Some(found),
+    }
+}
+
+/// What a node needs to know, with nothing left to look up: the commit was found at `reference`, and the
+/// references of the spec hold `environment`.
+pub fn render(
+    spec: &DeploymentSpec,
+    source: &GitSource,
+    reference: Option<String>,
+    environment: Environment,
+) -> Template {
+    let Environment {
+        shared,
+        build: build_env,
+        mut processes,
+    } = environment;
     let strategy = spec.strategy.clone().unwrap_or_default();
     let Strategy {
         switch,
@@ -53,12 +85,24 @@ pub fn render(spec: &DeploymentSpec, source: &GitSource) -> Template {
     Template {
         source: TemplateSource {
             url: source.url.clone(),
-            reference: full_reference(source.reference.as_ref()),
+            reference,
             directory: source.directory.clone(),
+            submodules: source.submodules,
+            allow_rewind: source.allow_rewind,
         },
-        build: spec.build.clone(),
-        env: spec.env.clone(),
-        processes: spec.processes.clone(),
+        build: spec.build.clone().map(|build| Build {
+            env: build_env,
+            ..build
+        }),
+        env: shared,
+        processes: spec
+            .processes
+            .iter()
+            .map(|process| Process {
+                env: processes.remove(&process.name).unwrap_or_default(),
+                ..process.clone()
+            })
+            .collect(),
         switch: switch.unwrap_or_else(|| default_switch(&spec.processes)),
         min_ready_seconds,
         keep_releases: spec.keep_releases,
@@ -111,6 +155,8 @@ fn content(data: &RevisionData) -> Vec<u8> {
                 url: _,
                 reference: _,
                 directory,
+                submodules,
+                allow_rewind: _,
             },
         build,
         env,
@@ -123,6 +169,7 @@ fn content(data: &RevisionData) -> Vec<u8> {
     let value = json!({
         "commit": commit,
         "directory": directory,
+        "submodules": submodules,
         "build": build,
         "env": env,
         "processes": processes,
@@ -197,6 +244,7 @@ pub fn named_commit(source: &GitSource) -> Option<Commit> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::controller::references::{Contents, resolve};
     use crate::controller::testing::{commit, deployment_spec};
 
     fn data(change: impl FnOnce(&mut RevisionData)) -> RevisionData {
@@ -208,7 +256,12 @@ mod tests {
             .unwrap_or_else(|| panic!("a git source"));
         let mut data = RevisionData {
             commit: commit('a'),
-            template: render(&spec, &source),
+            template: render(
+                &spec,
+                &source,
+                full_reference(source.reference.as_ref()),
+                resolve(&spec, &Contents::new()).unwrap_or_else(|e| panic!("{e}")),
+            ),
         };
         change(&mut data);
         data
@@ -220,11 +273,12 @@ mod tests {
         assert!(plain.as_str().starts_with("shop-"), "{plain}");
         assert_eq!(plain.as_str().len(), "shop-".len() + 10);
         type Change = fn(&mut RevisionData);
-        let same: [(&str, Change); 5] = [
+        let same: [(&str, Change); 6] = [
             ("url", |d| {
                 d.template.source.url = "https://b.example/x".into()
             }),
             ("reference", |d| d.template.source.reference = None),
+            ("allowRewind", |d| d.template.source.allow_rewind = false),
             ("minReadySeconds", |d| d.template.min_ready_seconds = 77),
             ("keepReleases", |d| d.template.keep_releases = 9),
             ("nothing", |_| ()),
@@ -232,11 +286,12 @@ mod tests {
         for (case, change) in same {
             assert_eq!(name("shop", &data(change), &[]), plain, "{case}");
         }
-        let other: [(&str, Change); 5] = [
+        let other: [(&str, Change); 6] = [
             ("commit", |d| d.commit = commit('b')),
             ("directory", |d| {
                 d.template.source.directory = Some("x".into())
             }),
+            ("submodules", |d| d.template.source.submodules = true),
             ("env", |d| d.template.env.clear()),
             ("build", |d| d.template.build = None),
             ("processes", |d| {
@@ -304,11 +359,52 @@ mod tests {
                 Some("refs/pull/7/head"),
             ),
             ("commit", reference(json!({"commit": "a".repeat(40)})), None),
+            (
+                "semver",
+                reference(json!({"semver": "1.x"})),
+                Some("refs/tags/*"),
+            ),
         ] {
             assert_eq!(
                 full_reference(given.as_ref()).as_deref(),
                 expected,
                 "{case}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_was_found_stays_valid_for_the_reference_that_it_was_found_by() {
+        let reference = |json| serde_json::from_value::<GitReference>(json).ok();
+        for (given, found, expected) in [
+            (None, "refs/heads/main", true),
+            (None, "refs/heads/other", false),
+            (reference(json!({"tag": "v1"})), "refs/tags/v1", true),
+            (
+                reference(json!({"semver": "1.x"})),
+                "refs/tags/v1.4.0",
+                true,
+            ),
+            (
+                reference(json!({"semver": "2.x"})),
+                "refs/tags/v1.4.0",
+                false,
+            ),
+            (
+                reference(json!({"semver": "1.x"})),
+                "refs/heads/main",
+                false,
+            ),
+            (
+                reference(json!({"commit": "a".repeat(40)})),
+                "refs/heads/main",
+                false,
+            ),
+        ] {
+            assert_eq!(
+                may_stand_for(given.as_ref(), found),
+                expected,
+                "{given:?} {found}"
             );
         }
     }
@@ -336,7 +432,8 @@ mod tests {
                 ..Strategy::default()
             });
             let source = spec.source.git.clone().unwrap_or_else(|| panic!("git"));
-            render(&spec, &source).switch
+            let environment = resolve(&spec, &Contents::new()).unwrap_or_else(|e| panic!("{e}"));
+            render(&spec, &source, None, environment).switch
         };
         assert_eq!(switch(false, None), Switch::BlueGreen);
         assert_eq!(switch(true, None), Switch::Recreate);

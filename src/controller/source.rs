@@ -10,6 +10,7 @@
 
 pub mod git;
 pub mod listing;
+pub mod range;
 pub mod schedule;
 
 use std::path::PathBuf;

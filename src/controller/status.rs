@@ -18,6 +18,11 @@ use super::rollout::{Rollout, Wanted, budget};
 /// Nodes that a message names at most.
 const NODES_NAMED: usize = 8;
 
+/// Lines of a log in a message: an error and what leads to it. The Release has 4 KiB.
+const LOG_LINES: usize = 4;
+/// Bytes of a log in a message: with the rest of the message it fits the 1024 characters of an event.
+const LOG_BYTES: usize = 400;
+
 /// What the words are found from.
 #[derive(Clone, Copy, Debug)]
 pub struct Facts<'a> {
@@ -25,6 +30,8 @@ pub struct Facts<'a> {
     pub observed: &'a Observed,
     /// The spec cannot be carried out.
     pub refusal: Option<&'a Refusal>,
+    /// What the spec refers to is not there.
+    pub unresolved: Option<&'a LookupFailure>,
     /// The revision that every node should serve, if it is known.
     pub wanted: Option<&'a Wanted>,
     /// The counts that stand beside the conditions.
@@ -165,10 +172,14 @@ pub fn statements(facts: &Facts<'_>) -> Vec<Statement> {
 }
 
 fn lookup_failure<'a>(facts: &Facts<'a>) -> Option<&'a LookupFailure> {
-    match &facts.observed.lookup.outcome {
-        Outcome::Failed(failure) if facts.refusal.is_none() => Some(failure),
-        Outcome::Failed(_) | Outcome::Pending | Outcome::Found(_) => None,
+    if facts.refusal.is_some() {
+        return None;
     }
+    let source = match &facts.observed.lookup.outcome {
+        Outcome::Failed(failure) => Some(failure),
+        Outcome::Pending | Outcome::Found(_) | Outcome::FoundTag(..) => None,
+    };
+    facts.unresolved.or(source)
 }
 
 fn verdict(facts: &Facts<'_>) -> Verdict {
@@ -202,7 +213,10 @@ fn verdict(facts: &Facts<'_>) -> Verdict {
     }
     if facts.all_serve() {
         let later = lookup_failure(facts)
-            .map(|failure| format!("; newer commits are not seen: {failure}"))
+            .map(|failure| match facts.unresolved {
+                Some(_) => format!("; nothing newer is rolled out: {failure}"),
+                None => format!("; newer commits are not seen: {failure}"),
+            })
             .unwrap_or_default();
         return Verdict {
             ready: true,
@@ -225,7 +239,7 @@ fn verdict(facts: &Facts<'_>) -> Verdict {
             format!(
                 "{revision} failed on {node} ({reason}): {}{}. No further node is started, and nodes keep what they serve; push a fix, change the spec, or set the annotation kari.dev/retry to a new value",
                 message.trim_end_matches('.'),
-                where_its_log_is(facts, node)
+                end_of_its_log(facts, node)
             ),
         );
     }
@@ -250,24 +264,39 @@ fn verdict(facts: &Facts<'_>) -> Verdict {
     degraded(facts, &served)
 }
 
-/// How to see the last lines of the log of what failed on a node, while they are there.
-fn where_its_log_is(facts: &Facts<'_>, node: &str) -> String {
+/// The last lines of the log of what failed on a node, and how to see more of it, while it is there.
+fn end_of_its_log(facts: &Facts<'_>, node: &str) -> String {
     let release = facts
         .observed
         .nodes
         .iter()
         .find(|n| n.name.as_str() == node)
         .and_then(|n| n.release.as_ref());
-    let logged = release.filter(|release| {
-        let failure = release.failed().map(|(failure, _)| failure);
-        failure.is_some_and(|failure| failure.log_tail.is_some())
+    let logged = release.and_then(|release| {
+        let (failure, _) = release.failed()?;
+        Some((release, last_lines(failure.log_tail.as_deref()?)))
     });
     match logged {
-        Some(release) => format!(
-            " (its log: kubectl get krel -n {} {} -o jsonpath='{{.status.attempt.failure.logTail}}')",
+        Some((release, lines)) => format!(
+            "; its log ends: {lines} (more: kubectl get krel -n {} {} -o jsonpath='{{.status.attempt.failure.logTail}}')",
             facts.observed.deployment.namespace, release.name
         ),
         None => String::new(),
+    }
+}
+
+/// The last [`LOG_LINES`] lines of a text that say something, in one line.
+fn last_lines(text: &str) -> String {
+    let lines: Vec<_> = text
+        .lines()
+        .map(str::trim)
+        .filter(|l| !l.is_empty())
+        .collect();
+    let shown = lines[lines.len().saturating_sub(LOG_LINES)..].join(" | ");
+    let cut = shown.len().saturating_sub(LOG_BYTES);
+    match (cut..shown.len()).find(|at| shown.is_char_boundary(*at)) {
+        Some(at) if cut > 0 => format!("…{}", &shown[at..]),
+        Some(_) | None => shown,
     }
 }
 
@@ -408,8 +437,18 @@ fn degraded(facts: &Facts<'_>, served: &str) -> Verdict {
 }
 
 fn served(facts: &Facts<'_>, wanted: &Wanted) -> String {
+    let earlier = facts
+        .participants()
+        .filter_map(|node| node.release.as_ref().filter(|release| !release.degraded()))
+        .filter_map(|release| release.status.serving.as_ref())
+        .filter(|serving| serving.revision != wanted.revision.as_str())
+        .count();
+    let earlier = match earlier {
+        0 => String::new(),
+        _ => format!(", {earlier} an earlier revision"),
+    };
     format!(
-        "{} of {} nodes serve {} (commit {}){}",
+        "{} of {} nodes serve {} (commit {}){earlier}{}",
         facts.counts.available,
         facts.counts.desired,
         wanted.revision,

@@ -20,6 +20,7 @@ use super::observed::{
     ObservedRevision, Outcome, Presence, Reach,
 };
 use super::plan::{Plan, RevisionStep, plan};
+use super::references::Contents;
 use super::rollout::Step;
 
 /// A commit of one digit.
@@ -81,6 +82,7 @@ impl World {
                 outcome: Outcome::Found(commit('a')),
                 answered_request: None,
             },
+            contents: Contents::new(),
             insecure_source_schemes: false,
         };
         Self {

@@ -168,6 +168,21 @@ pub fn commit(
     repository_at(description, name, commit)
 }
 
+/// Tags the head of `main` of a repository.
+pub fn tag(directory: &Directory, name: &RepositoryName, tag: &str) -> Result<()> {
+    let mut command = git(directory);
+    command.env("GIT_DIR", path(directory, name));
+    process::run(command.args([
+        "tag",
+        "--annotate",
+        "--message",
+        tag,
+        tag,
+        "refs/heads/main",
+    ]))?;
+    Ok(())
+}
+
 /// Serves a copy of an existing bare repository, with all its references, in
 /// place of what had this name.
 pub fn mirror(

@@ -22,7 +22,7 @@ use crate::{
     node_handle::NodeHandle,
     plane, process,
     program::{self, ControlPlane},
-    state::{Description, Directory, Network, Part},
+    state::{Description, Directory, Network, NodeName, Part},
     toolchains,
 };
 
@@ -208,10 +208,48 @@ impl Testbed {
         git::commit(&self.directory, &self.description, &name, folder, message)
     }
 
+    /// Tags the head of `main` of a repository.
+    pub fn git_tag(&self, name: &str, tag: &str) -> Result<()> {
+        let name = name.parse().map_err(Error::State)?;
+        git::tag(&self.directory, &name, tag)
+    }
+
     /// Serves a copy of an existing bare repository.
     pub fn mirror(&self, name: &str, bare: &Path) -> Result<Repository> {
         let name = name.parse().map_err(Error::State)?;
         git::mirror(&self.directory, &self.description, &name, bare)
+    }
+
+    /// Makes the controller and every node trust a certificate authority, in PEM.
+    pub async fn trust_authority(&self, certificate: &str) -> Result<()> {
+        let (certificates, _) = kari::controller_trust(&self.directory)?;
+        self.trust(&certificates, node::CERTIFICATES, certificate)
+            .await
+    }
+
+    /// Makes the controller and every node know a host key: a line of `ssh_known_hosts`.
+    pub async fn trust_host_key(&self, line: &str) -> Result<()> {
+        let (_, keys) = kari::controller_trust(&self.directory)?;
+        self.trust(&keys, "/etc/ssh/ssh_known_hosts", line).await
+    }
+
+    async fn trust(&self, of_controller: &Path, in_node: &str, text: &str) -> Result<()> {
+        // In place: the controller has this very file.
+        let text = format!("{}\n", text.trim_end());
+        let append = || -> std::io::Result<()> {
+            let mut file = std::fs::OpenOptions::new()
+                .append(true)
+                .create(true)
+                .open(of_controller)?;
+            std::io::Write::write_all(&mut file, text.as_bytes())
+        };
+        append().context(|| format!("write {}", of_controller.display()))?;
+        for node in self.nodes() {
+            let script = r#"printf %s "$1" >>"$2""#;
+            node.output(["sh", "-euc", script, "trust", &text, in_node])
+                .await?;
+        }
+        Ok(())
     }
 
     /// Connects to an address as a process in the lab does.
@@ -295,15 +333,39 @@ impl Testbed {
                 Ok(())
             }
             Part::Node(name) => node::boot(directory, description, name).await,
-            Part::Agent(name) => {
-                let since = Timestamp::now();
-                kari::start_agent(directory, description, &toolchains::find(), name)?;
-                if served {
-                    kari::wait_agent(&self.client().await?, directory, name, since).await?;
-                }
-                Ok(())
-            }
+            Part::Agent(name) => self.run_agent(description, name, served).await,
         }
+    }
+
+    /// Starts the agent of a node, which must not run, with these arguments in the place of
+    /// [`Options::agent_arguments`], for this one time.
+    pub async fn start_agent_with(&self, name: NodeName, arguments: &[&str]) -> Result<()> {
+        let part = Part::Agent(name);
+        self.has(part)?;
+        let _lock = self.directory.lock(false)?;
+        if self.directory.running(part)?.is_some() {
+            return Err(Error::State(format!("{part} is running already")));
+        }
+        let description = Description {
+            agent_arguments: arguments.iter().map(|&word| word.to_owned()).collect(),
+            ..self.description.clone()
+        };
+        let served = self.directory.running(Part::Apiserver)?.is_some();
+        self.run_agent(&description, name, served).await
+    }
+
+    async fn run_agent(
+        &self,
+        description: &Description,
+        name: NodeName,
+        served: bool,
+    ) -> Result<()> {
+        let (directory, since) = (&self.directory, Timestamp::now());
+        kari::start_agent(directory, description, &toolchains::find(), name)?;
+        if served {
+            kari::wait_agent(&self.client().await?, directory, name, since).await?;
+        }
+        Ok(())
     }
 
     /// What a part has logged so far; of a node that runs, its journal.

@@ -15,7 +15,7 @@ pub mod traffic;
 
 use std::fmt::Debug;
 use std::future::Future;
-use std::net::{SocketAddr, SocketAddrV4};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -44,7 +44,7 @@ static TESTBED: OnceCell<Testbed> = OnceCell::const_new();
 
 /// The binary's testbed with `nodes` nodes and all of Kari; every call of one binary asks for as many.
 pub async fn testbed(nodes: u8) -> &'static Testbed {
-    bring_up(Options {
+    testbed_of(Options {
         nodes,
         ..Options::default()
     })
@@ -53,14 +53,15 @@ pub async fn testbed(nodes: u8) -> &'static Testbed {
 
 /// The binary's testbed with a control plane and its definitions, without Kari.
 pub async fn control_plane() -> &'static Testbed {
-    bring_up(Options {
+    testbed_of(Options {
         kari: false,
         ..Options::default()
     })
     .await
 }
 
-async fn bring_up(options: Options) -> &'static Testbed {
+/// The binary's testbed as `options` say; every call of one binary asks for the same.
+pub async fn testbed_of(options: Options) -> &'static Testbed {
     TESTBED
         .get_or_init(|| async { Testbed::up(options).await.unwrap_or_else(|e| panic!("{e}")) })
         .await
@@ -119,6 +120,14 @@ impl Space {
         self.testbed
             .git_repository(&name, folder, "a change")
             .unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    /// Tags the head of `main` of a repository of this namespace.
+    pub fn tag(&self, name: &str, tag: &str) {
+        let name = format!("{}-{name}", self.namespace);
+        self.testbed
+            .git_tag(&name, tag)
+            .unwrap_or_else(|e| panic!("{e}"));
     }
 
     /// Applies a manifest as a user of kubectl does.
@@ -221,12 +230,8 @@ impl Space {
 
     /// The address of a node's proxy.
     pub fn proxy(&self, node: &str) -> SocketAddr {
-        let ip = self
-            .testbed
-            .node(node)
-            .unwrap_or_else(|e| panic!("{e}"))
-            .ip();
-        SocketAddrV4::new(ip, 80).into()
+        let node = self.testbed.node(node).unwrap_or_else(|e| panic!("{e}"));
+        self.testbed.description().node_http(node.name()).into()
     }
 
     /// What a command prints in a node; the test fails if it does.

@@ -1,11 +1,13 @@
 //! Probes of processes: one check, and what checks over time mean.
 //!
-//! A check goes to 127.0.0.1 on a connection of its own and ends within its
-//! timeout. [`Readiness`] is pure: time is passed in as the duration since any
+//! A check goes to 127.0.0.1 on a connection of its own, or is a command in the
+//! process's jail ([`exec`]), and ends within its timeout. [`Checks`] is pure: time is passed in as the duration since any
 //! fixed start of a monotonic clock.
 //!
 //! As in core/v1: a status from 200 to 399 is a success and a redirect is not
 //! followed. Unlike there, a probe never goes to another host.
+
+pub mod exec;
 
 use std::net::Ipv4Addr;
 use std::time::Duration;
@@ -19,7 +21,7 @@ use tokio::net::TcpStream;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
-use crate::api::deployment::Probe;
+use crate::api::deployment::{ExecAction, HttpGet, LivenessProbe, ReadinessProbe};
 
 /// What is asked of a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,11 +46,64 @@ pub enum Target {
     Tcp,
 }
 
+/// Which of a process's probes it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ProbeKind {
+    /// Whether it may have traffic.
+    Readiness,
+    /// Whether it still works.
+    Liveness,
+}
+
+impl ProbeKind {
+    /// As it is called in the names of units.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Readiness => "readiness",
+            Self::Liveness => "liveness",
+        }
+    }
+}
+
+/// What a probe of either kind asks.
+#[derive(Debug, Clone, Copy)]
+pub enum Action<'a> {
+    /// A GET.
+    Http(&'a HttpGet),
+    /// A connection.
+    Tcp,
+    /// A command.
+    Exec(&'a [String]),
+}
+
+impl<'a> Action<'a> {
+    /// The schema lets exactly one be set.
+    fn of(http_get: Option<&'a HttpGet>, exec: Option<&'a ExecAction>) -> Self {
+        match (http_get, exec) {
+            (Some(get), _) => Self::Http(get),
+            (None, Some(exec)) => Self::Exec(&exec.command),
+            (None, None) => Self::Tcp,
+        }
+    }
+}
+
+impl<'a> From<&'a ReadinessProbe> for Action<'a> {
+    fn from(probe: &'a ReadinessProbe) -> Self {
+        Self::of(probe.http_get.as_ref(), probe.exec.as_ref())
+    }
+}
+
+impl<'a> From<&'a LivenessProbe> for Action<'a> {
+    fn from(probe: &'a LivenessProbe) -> Self {
+        Self::of(probe.http_get.as_ref(), probe.exec.as_ref())
+    }
+}
+
 impl Check {
-    /// The check of a probe. `Host` is the first host of the route, else 127.0.0.1, unless the probe sets it;
-    /// a route's `*.` becomes a label that stands for any.
-    pub fn new(probe: &Probe, route_host: Option<&str>) -> Self {
-        let target = match &probe.http_get {
+    /// The check of a probe that asks the port. `Host` is the first host of the route, else 127.0.0.1,
+    /// unless the probe sets it; a route's `*.` becomes a label that stands for any.
+    pub fn new(http_get: Option<&HttpGet>, timeout: Duration, route_host: Option<&str>) -> Self {
+        let target = match http_get {
             None => Target::Tcp,
             Some(get) => {
                 let mut headers: Vec<_> = get
@@ -69,10 +124,7 @@ impl Check {
                 }
             }
         };
-        Self {
-            target,
-            timeout: Duration::from_secs(probe.timeout_seconds.into()),
-        }
+        Self { target, timeout }
     }
 }
 
@@ -125,6 +177,61 @@ pub enum ProbeError {
         /// What is wrong.
         message: String,
     },
+    /// The command did not end in time.
+    #[error("{command} did not end within {} s and was ended{}", after.as_secs(), shown(output))]
+    ExecTimedOut {
+        /// Its program.
+        command: String,
+        /// The probe's timeout.
+        after: Duration,
+        /// Its last words.
+        output: String,
+    },
+    /// The command says no, or is not one.
+    #[error("{command} {}{}", match status { 127 => "was not found (exit 127)".to_owned(), 126 => "cannot be executed (exit 126)".to_owned(), status => format!("ended with exit {status}") }, shown(output))]
+    Exit {
+        /// Its program.
+        command: String,
+        /// Its exit status, not 0.
+        status: i32,
+        /// Its last words.
+        output: String,
+    },
+    /// The command was killed.
+    #[error("{command} was ended by signal {signal}{}", shown(output))]
+    Signal {
+        /// Its program.
+        command: String,
+        /// By which.
+        signal: i32,
+        /// Its last words.
+        output: String,
+    },
+    /// The command was not run, for which the process cannot be blamed: it counts as no check.
+    #[error("{command} could not be run: {message}")]
+    NotRun {
+        /// Its program.
+        command: String,
+        /// Why.
+        message: String,
+    },
+}
+
+fn shown(output: &str) -> String {
+    match output {
+        "" => String::new(),
+        output => format!(": {output}"),
+    }
+}
+
+/// The beginning of what a program said, on one line and without what would move a terminal's cursor.
+fn one_line(text: &str) -> String {
+    let line: String = text
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .take(SHOWN_CHARACTERS)
+        .collect();
+    line.trim().to_owned()
 }
 
 /// Checks the process behind `port` once; ends within the check's timeout.
@@ -151,16 +258,10 @@ async fn check_http(port: u16, path: &str, headers: &[(String, String)]) -> Resu
     if (200..=399).contains(&status) {
         return Ok(());
     }
-    let body = String::from_utf8_lossy(&answer.body);
-    let shown = body
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .take(SHOWN_CHARACTERS)
-        .collect::<String>();
     Err(ProbeError::Status {
         path: path.to_owned(),
         status,
-        body: shown.trim().to_owned(),
+        body: one_line(&String::from_utf8_lossy(&answer.body)),
     })
 }
 
@@ -248,8 +349,19 @@ pub struct Timings {
     pub failure_threshold: u32,
 }
 
-impl From<&Probe> for Timings {
-    fn from(probe: &Probe) -> Self {
+impl From<&LivenessProbe> for Timings {
+    fn from(probe: &LivenessProbe) -> Self {
+        Self {
+            initial_delay: Duration::from_secs(probe.initial_delay_seconds.into()),
+            period: Duration::from_secs(probe.period_seconds.into()),
+            success_threshold: 1,
+            failure_threshold: probe.failure_threshold.max(1),
+        }
+    }
+}
+
+impl From<&ReadinessProbe> for Timings {
+    fn from(probe: &ReadinessProbe) -> Self {
         Self {
             initial_delay: Duration::from_secs(probe.initial_delay_seconds.into()),
             period: Duration::from_secs(probe.period_seconds.into()),
@@ -272,7 +384,7 @@ pub enum Verdict {
 
 /// The checks of one process over time.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Readiness {
+pub struct Checks {
     timings: Timings,
     next_check: Duration,
     verdict: Verdict,
@@ -281,7 +393,7 @@ pub struct Readiness {
     last_error: Option<ProbeError>,
 }
 
-impl Readiness {
+impl Checks {
     /// No check was made yet; `started` is when the process was started.
     pub fn new(timings: Timings, started: Duration) -> Self {
         Self {
@@ -311,6 +423,8 @@ impl Readiness {
                     self.verdict = Verdict::Ready;
                 }
             }
+            // Nothing was asked, so nothing is in a row or broken.
+            Err(error @ ProbeError::NotRun { .. }) => self.last_error = Some(error),
             Err(error) => {
                 self.successes = 0;
                 self.failures = self.failures.saturating_add(1);

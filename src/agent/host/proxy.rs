@@ -8,7 +8,7 @@
 //! - [`answer`] is what an answer proves. Pure.
 //! - [`control`] writes and measures, by way of [`reload`].
 //!
-//! User text reaches nginx through [`HostName::parse`] alone.
+//! User text reaches nginx through [`HostName::parse`] and [`RoutePath::parse`] alone.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -78,6 +78,70 @@ impl std::fmt::Display for HostName {
     }
 }
 
+/// The beginning of the paths of a route's requests, by whole segments: `/api` is for `/api` and `/api/x`, and
+/// not for `/apix`. `/` is for all.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RoutePath(String);
+
+/// A text that is not a [`RoutePath`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{value:?} is not a path of a route: it must start with \"/\", end without one, have at most {LONGEST_PATH_CHARACTERS} letters, digits and ._~@:+-, no empty, \".\" or \"..\" segment, and not be {IDENTITY_PATH} or below it"
+)]
+pub struct RoutePathError {
+    value: String,
+}
+
+/// What a route's path is at most, the schema's bound.
+const LONGEST_PATH_CHARACTERS: usize = 256;
+
+impl RoutePath {
+    /// Refuses everything that nginx could take for more than a path, and what no request can have: nginx
+    /// compares with the path after it was decoded, and dots and double slashes were resolved.
+    pub fn parse(text: &str) -> Result<Self, RoutePathError> {
+        let is_segment = |segment: &str| {
+            !matches!(segment, "" | "." | "..")
+                && segment
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b"._~@:+-".contains(&b))
+        };
+        let is_path = text
+            .strip_prefix('/')
+            .is_some_and(|segments| segments.is_empty() || segments.split('/').all(is_segment));
+        let path = Self(text.to_owned());
+        let is_own = Self(IDENTITY_PATH.to_owned()).matches(text);
+        if is_path && !is_own && text.len() <= LONGEST_PATH_CHARACTERS {
+            Ok(path)
+        } else {
+            Err(RoutePathError { value: path.0 })
+        }
+    }
+
+    /// The path.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether requests for `path`, which is normal and without a query, are the route's.
+    fn matches(&self, path: &str) -> bool {
+        self.is_all()
+            || path
+                .strip_prefix(&self.0)
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    }
+
+    /// Whether it is `/`.
+    fn is_all(&self) -> bool {
+        self.0 == "/"
+    }
+}
+
+impl std::fmt::Display for RoutePath {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 /// What the proxy serves for a Deployment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VirtualHost {
@@ -89,17 +153,57 @@ pub struct VirtualHost {
     pub routes: Vec<Route>,
 }
 
-/// The requests for some host names.
+impl VirtualHost {
+    /// The host names, each once, with the routes that each has: one or more, each with a path of its own.
+    fn routes_by_host(&self) -> Vec<(&HostName, Vec<&Route>)> {
+        let mut by_host: Vec<(&HostName, Vec<&Route>)> = vec![];
+        for route in &self.routes {
+            for host in &route.hosts {
+                match by_host.iter_mut().find(|(known, _)| *known == host) {
+                    Some((_, routes)) => routes.push(route),
+                    None => by_host.push((host, vec![route])),
+                }
+            }
+        }
+        by_host
+    }
+}
+
+/// The requests for some host names whose path begins alike. Of several routes with one host, the longest path
+/// that fits has a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Route {
     /// The process, a DNS label.
     pub process: String,
     /// The host names; at least one.
     pub hosts: Vec<HostName>,
+    /// The paths.
+    pub path: RoutePath,
     /// Who gets the requests.
     pub target: RouteTarget,
-    /// What the agent asks for when it measures who answers: the path of the readiness probe, or `/`.
-    pub measured_path: String,
+    /// What the process is known to answer: the path of its readiness probe, with its query.
+    pub probe_path: Option<String>,
+}
+
+/// What the agent asks for when it measures that `route` answers, `routes` being all of its host: the path of the
+/// readiness probe if a request for it comes to the route, else the route's own.
+fn measured_path<'a>(route: &'a Route, routes: &[&Route]) -> &'a str {
+    // What nginx would make another path of is not looked into.
+    let is_plain = |path: &str| !["%", "//", "/.", "#"].iter().any(|odd| path.contains(odd));
+    let comes_here = |asked: &str| {
+        let path = asked.split('?').next().unwrap_or_default();
+        is_plain(path)
+            && path != IDENTITY_PATH
+            && route.path.matches(path)
+            && !routes.iter().any(|other| {
+                other.path.matches(path) && other.path.as_str().len() > route.path.as_str().len()
+            })
+    };
+    route
+        .probe_path
+        .as_deref()
+        .filter(|path| comes_here(path))
+        .unwrap_or(route.path.as_str())
 }
 
 /// Who gets the requests of a route.

@@ -6,8 +6,7 @@
 //! the step's unit and its cgroup is empty.
 //!
 //! Idempotent: a seal that was cut short is begun again; only the final name
-//! counts, and only a whole tree ever has it. Walks without recursion, so that
-//! depth costs no stack, and without following a link.
+//! counts, and only a whole tree ever has it.
 
 use std::ffi::OsStr;
 use std::io;
@@ -18,7 +17,8 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Uid};
 use rustix::io::Errno;
 
 use super::records::BuildKey;
-use super::store::{AppFolder, StoreError, names_of, sync_folder};
+use super::store::{AppFolder, StoreError, sync_folder};
+use super::tree::{Visited, WalkError, open_root, walk};
 
 /// A tree that could not be sealed, or a folder that is not in it.
 #[derive(Debug, thiserror::Error)]
@@ -63,8 +63,7 @@ pub fn seal(folder: &AppFolder, key: &BuildKey, build_try: u32) -> Result<PathBu
     let source = stage.source();
     // What the build left in its /tmp is nobody's business, and need not be synced.
     folder.store().trash(&stage.temporary())?;
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let root = match rustix::fs::open(&source, flags, Mode::empty()) {
+    let root = match open_root(&source) {
         Ok(root) => root,
         Err(Errno::NOENT) => return Err(SealError::NothingToSeal { key: key.clone() }),
         Err(errno) => return Err(wrong(&source)(errno)),
@@ -114,8 +113,7 @@ fn wrong(path: &Path) -> impl Fn(Errno) -> SealError {
     }
 }
 
-/// Gives the whole tree to root: folders that are still to be walked are kept as paths, so that neither
-/// stack nor file descriptors grow with the depth.
+/// Gives the whole tree to root.
 fn own_tree(root: &OwnedFd, path: &Path) -> Result<(), SealError> {
     let stat = rustix::fs::fstat(root).map_err(wrong(path))?;
     if !is_owned(&stat) {
@@ -123,26 +121,10 @@ fn own_tree(root: &OwnedFd, path: &Path) -> Result<(), SealError> {
     }
     rustix::fs::fchmod(root, sealed_mode(&stat)).map_err(wrong(path))?;
 
-    let mut pending = vec![PathBuf::new()];
-    while let Some(relative) = pending.pop() {
-        let here = path.join(&relative);
-        let folder = open_beneath(root, &relative).map_err(wrong(&here))?;
-        for name in names_of(&folder).map_err(wrong(&here))? {
-            if own_entry(&folder, &name).map_err(wrong(&here.join(&name)))? == Entry::Folder {
-                pending.push(relative.join(&name));
-            }
-        }
-    }
-    Ok(())
+    walk(root, path, own_entry).map_err(|WalkError { path, errno }| wrong(&path)(errno))
 }
 
-#[derive(PartialEq, Eq)]
-enum Entry {
-    Folder,
-    Other,
-}
-
-fn own_entry(folder: &OwnedFd, name: &OsStr) -> Result<Entry, Errno> {
+fn own_entry(folder: &OwnedFd, name: &OsStr) -> Result<Visited, Errno> {
     let stat = rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)?;
     let kind = FileType::from_raw_mode(stat.st_mode);
     match kind {
@@ -153,7 +135,7 @@ fn own_entry(folder: &OwnedFd, name: &OsStr) -> Result<Entry, Errno> {
         | FileType::BlockDevice
         | FileType::Unknown => {
             rustix::fs::unlinkat(folder, name, AtFlags::empty())?;
-            return Ok(Entry::Other);
+            return Ok(Visited::Other);
         }
         FileType::RegularFile | FileType::Directory | FileType::Symlink => {}
     }
@@ -167,7 +149,7 @@ fn own_entry(folder: &OwnedFd, name: &OsStr) -> Result<Entry, Errno> {
         )?;
     }
     if kind == FileType::Symlink {
-        return Ok(Entry::Other);
+        return Ok(Visited::Other);
     }
     let mode = sealed_mode(&stat);
     // A change of the owner may have taken bits away, so what it was does not tell what it is.
@@ -175,9 +157,9 @@ fn own_entry(folder: &OwnedFd, name: &OsStr) -> Result<Entry, Errno> {
         rustix::fs::chmodat(folder, name, mode, AtFlags::empty())?;
     }
     Ok(if kind == FileType::Directory {
-        Entry::Folder
+        Visited::Folder
     } else {
-        Entry::Other
+        Visited::Other
     })
 }
 
@@ -195,37 +177,6 @@ fn sealed_mode(stat: &Stat) -> Mode {
         0
     };
     Mode::from_raw_mode((bits | 0o444 | executable) & !0o022)
-}
-
-/// Opens a folder of the tree without following a link, however long its path is: in pieces that the
-/// kernel takes.
-fn open_beneath(root: &OwnedFd, relative: &Path) -> Result<OwnedFd, Errno> {
-    /// Bytes of a piece; below `PATH_MAX` (4096) by the longest name.
-    const PIECE_BYTES: usize = 3800;
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let open = |at: &OwnedFd, piece: &Path| {
-        rustix::fs::openat2(
-            at,
-            piece,
-            flags,
-            Mode::empty(),
-            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS,
-        )
-    };
-    let mut at = open(root, Path::new("."))?;
-    let mut piece = PathBuf::new();
-    for part in relative.components() {
-        piece.push(part);
-        if piece.as_os_str().len() > PIECE_BYTES {
-            at = open(&at, &piece)?;
-            piece.clear();
-        }
-    }
-    if piece.as_os_str().is_empty() {
-        Ok(at)
-    } else {
-        open(&at, &piece)
-    }
 }
 
 #[cfg(test)]

@@ -335,6 +335,34 @@ impl Systemd {
         unit: &str,
         settings: &[Setting],
     ) -> Result<(), SystemdError> {
+        self.queue_transient(unit, settings).await.map(drop)
+    }
+
+    /// Makes a transient oneshot unit, waits until it has ended, and says how; nothing if it is not
+    /// loaded any more.
+    pub async fn run_transient(
+        &self,
+        unit: &str,
+        settings: &[Setting],
+        limit: Duration,
+    ) -> Result<Option<UnitState>, SystemdError> {
+        let mut jobs = self.shared.jobs.subscribe();
+        let job = self.queue_transient(unit, settings).await?;
+        match self
+            .wait_for_job("StartTransientUnit", unit, &job, &mut jobs, limit)
+            .await
+        {
+            // How it failed, the unit says.
+            Ok(()) | Err(SystemdError::Job { .. }) => self.get_unit_state(unit).await,
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn queue_transient(
+        &self,
+        unit: &str,
+        settings: &[Setting],
+    ) -> Result<OwnedObjectPath, SystemdError> {
         let properties = properties_of(settings).map_err(|error| SystemdError::Refused {
             call: "StartTransientUnit",
             unit: unit.to_owned(),
@@ -347,8 +375,7 @@ impl Systemd {
             properties,
             vec![],
         );
-        bounded("StartTransientUnit", unit, CALL_LIMIT, call).await?;
-        Ok(())
+        bounded("StartTransientUnit", unit, CALL_LIMIT, call).await
     }
 
     /// Starts a unit; returns when the job is queued.

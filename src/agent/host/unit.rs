@@ -22,10 +22,13 @@ use crate::api::names::{AppName, ReleaseId};
 use crate::api::quantity::QuantityError;
 
 pub use build::{
-    BuildSpec, DEFAULT_BUILD_LIMITS, EXIT_NO_DIRECTORY, build_environment, build_key, build_script,
-    build_step,
+    BuildSpec, CHECKOUT_FILE, CHECKOUT_SCRIPT, DEFAULT_BUILD_LIMITS, EXIT_NO_DIRECTORY,
+    build_environment, build_key, build_script, build_step, cache_place, directory_check,
 };
-pub use service::{ServiceSpec, ServiceUnit, process_environment, process_variables, service_unit};
+pub use service::{
+    ServiceSpec, ServiceUnit, probe_properties, process_environment, process_variables,
+    service_unit,
+};
 pub use step::{StepLimits, StepSpec, step_properties};
 
 /// A unit that cannot be made from the spec: it has to be changed.
@@ -95,7 +98,7 @@ pub enum OwnUnit {
         /// The mirror's key.
         mirror: String,
     },
-    /// The agent's own: its proxy, its slices, its canaries.
+    /// The agent's own: its proxy, its slices, its canaries, its probes.
     Agent,
 }
 
@@ -150,6 +153,12 @@ pub fn target_name(app: &AppName) -> String {
 pub fn app_patterns(app: &AppName) -> [String; 2] {
     [format!("kari.{app}.*"), format!("{BUILD_PREFIX}{app}.*")]
 }
+
+/// Matches the loaded units of all builds.
+pub const BUILD_PATTERN: &str = "kari-build.*";
+
+/// Matches the loaded units of all fetches.
+pub const FETCH_PATTERN: &str = "kari-fetch.*";
 
 /// The build step of a release. Another try has another name, so that a result is never taken for
 /// another try's.

@@ -121,6 +121,8 @@ pub struct World {
     stages: BTreeSet<(BuildKey, u32)>,
     virtual_host_file: Option<VirtualHost>,
     has_files: bool,
+    /// Unit files that an admin has deleted at some time.
+    deleted: BTreeSet<String>,
     kept_state: Option<KeptRecord>,
     // Gone after a reboot.
     services: BTreeMap<String, Service>,
@@ -164,6 +166,7 @@ impl World {
             stages: BTreeSet::new(),
             virtual_host_file: None,
             has_files: false,
+            deleted: BTreeSet::new(),
             kept_state: None,
             services: BTreeMap::new(),
             builds: BTreeMap::new(),
@@ -220,10 +223,11 @@ impl World {
             && let Some(target) = self.target.clone()
         {
             for unit in target.units {
-                assert!(
-                    self.files.contains_key(&unit),
-                    "the boot starts {unit}, which has no file"
-                );
+                if !self.files.contains_key(&unit) {
+                    let by_an_admin = self.deleted.contains(&unit);
+                    assert!(by_an_admin, "the boot starts {unit}, which has no file");
+                    continue;
+                }
                 self.services.insert(
                     unit,
                     Service {
@@ -247,7 +251,8 @@ impl World {
 
     /// An admin deletes a unit file.
     pub fn delete_a_file(&mut self) {
-        self.files.pop_first();
+        let deleted = self.files.pop_first();
+        self.deleted.extend(deleted.map(|(unit, _)| unit));
         self.unload();
     }
 

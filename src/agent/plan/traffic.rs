@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{Step, committed, waiting};
-use crate::agent::host::proxy::{HostName, Route, RouteTarget, VirtualHost};
+use crate::agent::host::proxy::{HostName, Route, RoutePath, RouteTarget, VirtualHost};
 use crate::agent::host::records::{AttemptRecord, ProcessRecord};
 use crate::agent::view::{HeldUp, Observed};
 use crate::api::names::{AppName, ReleaseId};
@@ -101,8 +101,8 @@ pub(super) fn pause(mut host: VirtualHost, processes: &[&str]) -> VirtualHost {
     host
 }
 
-/// What the proxy serves for `processes`; nothing if none has a route. Host names that are not valid
-/// were refused where the Release was read.
+/// What the proxy serves for `processes`; nothing if none has a route. Host names and paths that are not
+/// valid were refused where the Release was read.
 pub fn virtual_host(
     app: &AppName,
     release_id: ReleaseId,
@@ -130,19 +130,17 @@ pub fn virtual_host(
                 .iter()
                 .filter_map(|host| HostName::parse(host).ok())
                 .collect();
-            let measured_path = match process
+            let probe_path = process
                 .readiness_probe
                 .as_ref()
                 .and_then(|probe| probe.http_get.as_ref())
-            {
-                Some(get) => get.path.clone(),
-                None => "/".to_owned(),
-            };
+                .map(|get| get.path.clone());
             Some(Route {
                 process: process.name.clone(),
                 hosts,
+                path: RoutePath::parse(&route.path).ok()?,
                 target,
-                measured_path,
+                probe_path,
             })
         })
         .collect();

@@ -52,7 +52,8 @@ use crate::api::deployment::DeletionPolicy;
 use crate::api::reasons::Reason;
 use crate::api::release::OnDelete;
 use crate::controller::observed::{Presence, Reach};
-use crate::controller::testing::World;
+use crate::controller::references::Content;
+use crate::controller::testing::{World, commit};
 
 fn there(matches: bool, canary: bool, cordoned: bool) -> Presence {
     Presence::There {
@@ -402,6 +403,13 @@ fn a_first_install_that_is_held_up_is_withdrawn() {
     world.reconcile();
     world.agent_fails("n1", Reason::ToolMissing);
     world.pass(600);
+    world.reconcile();
+    assert_eq!(
+        world.release("n1").spec.on_delete,
+        OnDelete::KeepState,
+        "state of an earlier stay is not lost"
+    );
+    assert!(!world.release("n1").deleting);
     world.reconcile();
     assert!(world.release("n1").deleting);
     world.reconcile();
@@ -963,4 +971,126 @@ proptest! {
         prop_assert_eq!(world.ready().0, "True/Deployed");
         prop_assert_eq!(world.active(), Vec::<&str>::new());
     }
+}
+
+/// A Deployment that takes `LEVEL` from the ConfigMap `shop`, deployed with it.
+fn referring() -> World {
+    let mut world = World::new(2);
+    world.spec().env.push(
+        serde_json::from_value(serde_json::json!({"name": "LEVEL", "valueFrom": {"configMapKeyRef": {"name": "shop", "key": "level"}}}))
+            .unwrap_or_else(|e| panic!("{e}")),
+    );
+    set_level(&mut world, "low");
+    world.roll_out();
+    assert_eq!(world.served(), ["a", "a"]);
+    world
+}
+
+fn set_level(world: &mut World, level: &str) {
+    let data = [("level".to_owned(), level.to_owned())].into();
+    world.observed.contents = [("shop".to_owned(), Content::Held(data))].into();
+}
+
+fn level_of(world: &mut World, node: &str) -> Option<String> {
+    let template = &world.release(node).spec.template;
+    let variable = template.env.iter().find(|v| v.name == "LEVEL")?;
+    variable.value.clone()
+}
+
+#[test]
+fn what_a_reference_holds_is_part_of_the_revision_and_rolls_out_like_a_commit() {
+    let mut world = referring();
+    let first = world.status().revision.clone();
+    set_level(&mut world, "high");
+    world.roll_out();
+    assert_ne!(world.status().revision, first);
+    assert_eq!(level_of(&mut world, "n2").as_deref(), Some("high"));
+    assert_eq!(world.observed.revisions.len(), 2);
+    set_level(&mut world, "low");
+    world.roll_out();
+    assert_eq!(world.status().revision, first, "same content, same name");
+}
+
+#[test]
+fn a_reference_that_is_lost_keeps_what_runs_and_heals_by_itself() {
+    let mut world = referring();
+    let first = world.status().revision.clone();
+    world.observed.contents = [("shop".to_owned(), Content::Absent)].into();
+    world.push('b');
+    world.roll_out();
+    assert_eq!(world.served(), ["a", "a"]);
+    assert_eq!(world.status().revision, first);
+    assert_eq!(world.stalled().0, "True/ReferenceNotFound");
+    let (ready, message) = world.ready();
+    assert_eq!(ready, "True/Deployed");
+    assert!(
+        message.contains("nothing newer is rolled out") && message.contains("no ConfigMap shop"),
+        "{message}"
+    );
+    assert_eq!(world.condition("Reconciling").0, "False/Deployed");
+    set_level(&mut world, "low");
+    world.roll_out();
+    assert_eq!(world.served(), ["b", "b"]);
+    assert_eq!(world.stalled().0, "False/Deployed");
+}
+
+#[test]
+fn a_spec_with_a_reference_that_is_not_there_changes_no_node_and_is_not_ready() {
+    let mut world = referring();
+    let told = world.told();
+    let other = serde_json::json!({"name": "OTHER", "valueFrom": {"configMapKeyRef": {"name": "shop", "key": "other"}}});
+    world
+        .spec()
+        .env
+        .push(serde_json::from_value(other).unwrap_or_else(|e| panic!("{e}")));
+    world.push('b');
+    world.roll_out();
+    assert_eq!(world.told(), told);
+    assert_eq!(world.ready().0, "False/ReferenceNotFound");
+    assert_eq!(world.stalled().0, "True/ReferenceNotFound");
+}
+
+#[test]
+fn the_tag_that_a_range_found_is_named_and_stays_valid_while_the_source_is_away() {
+    let mut world = World::new(1);
+    let range = serde_json::json!({"semver": "1.x"});
+    let source = world
+        .spec()
+        .source
+        .git
+        .as_mut()
+        .unwrap_or_else(|| panic!("git"));
+    source.reference = serde_json::from_value(range).ok();
+    world.observed.lookup.outcome = Outcome::FoundTag("refs/tags/v1.2.0".into(), commit('c'));
+    world.roll_out();
+    assert_eq!(world.served(), ["c"]);
+    let found = |world: &World| world.status().source.clone().unwrap_or_default().reference;
+    assert_eq!(found(&world), "refs/tags/v1.2.0");
+    let reference = world.release("n1").spec.template.source.reference.clone();
+    assert_eq!(
+        reference.as_deref(),
+        Some("refs/tags/v1.2.0"),
+        "a node fetches by it"
+    );
+    world.lose_source(Reason::SourceUnavailable);
+    world.roll_out();
+    assert_eq!(
+        (world.served(), found(&world)),
+        (vec!["c".to_owned()], "refs/tags/v1.2.0".to_owned())
+    );
+    assert_eq!(world.ready().0, "True/Deployed");
+    let source = world
+        .spec()
+        .source
+        .git
+        .as_mut()
+        .unwrap_or_else(|| panic!("git"));
+    source.reference = serde_json::from_value(serde_json::json!({"semver": "2.x"})).ok();
+    world.roll_out();
+    assert_eq!(
+        world.ready().0,
+        "False/SourceUnavailable",
+        "it is in another range"
+    );
+    assert_eq!(world.served(), ["c"]);
 }

@@ -12,6 +12,8 @@ use crate::api::reasons::Reason;
 use crate::controller::observed::{Lookup, LookupFailure, Outcome};
 use crate::runtime::supervise::Backoff;
 
+use super::range::{Range, tags};
+
 /// Between two look-ups of one url at least, whoever asks: a person who annotates in a loop must not
 /// hammer a server.
 const LEAST_GAP: Duration = Duration::from_secs(1);
@@ -31,8 +33,10 @@ const JITTER: f64 = 0.1;
 pub struct Interest {
     /// The repository.
     pub url: String,
-    /// The full name of the reference.
+    /// The full name of the reference, or the pattern of all references that a range looks at.
     pub reference: String,
+    /// The range of versions whose highest tag is wanted.
+    pub range: Option<String>,
     /// Between two looks.
     pub interval: Duration,
     /// The status names a commit for it already, so that the first look can wait.
@@ -268,6 +272,7 @@ impl<Key: Clone + Eq + Hash> Schedule<Key> {
             None => Outcome::Pending,
             Some(Err(failure)) => Outcome::Failed(failure.clone()),
             Some(Ok(_)) if !url.asked.contains(&interest.reference) => Outcome::Pending,
+            Some(Ok(commits)) if interest.range.is_some() => highest(interest, commits),
             Some(Ok(commits)) => match commits.get(&interest.reference) {
                 Some(commit) => Outcome::Found(commit.clone()),
                 None => Outcome::Failed(LookupFailure {
@@ -291,6 +296,24 @@ impl<Key: Clone + Eq + Hash> Schedule<Key> {
     }
 }
 
+/// The highest tag in the range that is wanted. A range that cannot be read is refused before it gets here.
+fn highest(interest: &Interest, commits: &BTreeMap<String, Commit>) -> Outcome {
+    let text = interest.range.as_deref().unwrap_or_default();
+    let range = Range::parse(text);
+    let found = range.as_ref().ok().and_then(|range| range.highest(commits));
+    match found {
+        Some((reference, commit)) => Outcome::FoundTag(reference.to_owned(), commit.clone()),
+        None => Outcome::Failed(LookupFailure {
+            reason: Reason::RefNotFound,
+            message: format!(
+                "{}: none of its {} tags is a version in the range {text:?}; push one, or change spec.source.git.ref.semver",
+                interest.url,
+                tags(commits)
+            ),
+        }),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -306,6 +329,7 @@ mod tests {
         Interest {
             url: "u".into(),
             reference: reference.into(),
+            range: None,
             interval: seconds(60),
             known: false,
             request: None,
@@ -491,5 +515,72 @@ mod tests {
         schedule.want(&1, interest("r"), seconds(2), MIDDLE);
         schedule.want(&1, moved, seconds(2), MIDDLE);
         assert_eq!(schedule.urls.keys().collect::<Vec<_>>(), ["v"]);
+    }
+
+    #[test]
+    fn a_push_to_a_repository_of_many_deployments_is_one_look_up() {
+        let mut schedule = Schedule::<u64>::default();
+        for key in 0..50 {
+            schedule.want(&key, interest("r"), seconds(0), MIDDLE);
+        }
+        assert_eq!(schedule.start(seconds(0), 8).len(), 1);
+        assert_eq!(
+            schedule.answer("u", found('a'), seconds(1), MIDDLE).len(),
+            50
+        );
+        assert_eq!(schedule.start(seconds(2), 8), []);
+        // All of them ask at once, each with a request of its own, while one of these look-ups is under way.
+        for key in 0..50 {
+            schedule.want(&key, requesting(&format!("{key}")), seconds(3), MIDDLE);
+        }
+        assert_eq!(schedule.start(seconds(3), 8).len(), 1);
+        assert_eq!(
+            schedule.answer("u", found('b'), seconds(4), MIDDLE).len(),
+            50
+        );
+        for key in 0..50 {
+            let (lookup, hastened) = schedule.want(&key, interest("r"), seconds(5), MIDDLE);
+            assert_eq!(lookup.outcome, Outcome::Found(commit('b')));
+            assert!(!hastened);
+        }
+        assert_eq!(schedule.start(seconds(6), 8), [], "nobody asks again");
+    }
+
+    #[test]
+    fn a_range_finds_its_highest_tag_and_a_newer_one_at_the_next_look() {
+        let mut schedule = Schedule::<u64>::default();
+        let wanted = || Interest {
+            range: Some("1.x".into()),
+            ..interest("refs/tags/*")
+        };
+        let tagged = |tags: &[(&str, char)]| -> Answer {
+            let commits = tags
+                .iter()
+                .map(|(tag, c)| (format!("refs/tags/{tag}"), commit(*c)));
+            Ok(commits.collect())
+        };
+        let mut look = |now: u64, answer| {
+            schedule.want(&1, wanted(), seconds(now), MIDDLE);
+            assert_eq!(schedule.start(seconds(now), 8).len(), 1);
+            let news = schedule.answer("u", answer, seconds(now), MIDDLE);
+            let (lookup, _) = schedule.want(&1, wanted(), seconds(now), MIDDLE);
+            (news, lookup.outcome)
+        };
+        let tag = |tag: &str, c| Outcome::FoundTag(format!("refs/tags/{tag}"), commit(c));
+        let (news, outcome) = look(0, tagged(&[("v1.9.0", 'a'), ("v2.0.0", 'b')]));
+        assert_eq!((news, outcome), (vec![1], tag("v1.9.0", 'a')));
+        let (news, _) = look(100, tagged(&[("v1.9.0", 'a'), ("v2.1.0", 'b')]));
+        assert!(news.is_empty(), "another tag is no news");
+        let (news, outcome) = look(200, tagged(&[("v1.9.0", 'a'), ("v1.10.0", 'c')]));
+        assert_eq!((news, outcome), (vec![1], tag("v1.10.0", 'c')));
+        let (_, outcome) = look(300, tagged(&[("v2.0.0", 'b'), ("v3.0.0", 'b')]));
+        let Outcome::Failed(failure) = outcome else {
+            panic!("{outcome:?}");
+        };
+        assert_eq!(failure.reason, Reason::RefNotFound);
+        assert!(
+            failure.message.contains("\"1.x\"") && failure.message.contains("2 tags"),
+            "{failure}"
+        );
     }
 }

@@ -1,15 +1,17 @@
 //! What to fetch when: slots, queue, backoff and repair. Pure: time is the duration since any fixed start of
 //! a monotonic clock, and chance is passed in.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use super::failure::{Diagnosis, diagnose};
+use super::refs::Held;
 use super::step::{Hold, Mode};
 use super::{FetchFailure, MirrorKey, SourceUrl, Want};
 use crate::agent::host::records::StepResult;
-use crate::api::names::{AppName, Commit};
+use crate::agent::host::turns::Turns;
+use crate::api::names::AppName;
 use crate::api::reasons::Reason;
 
 /// The first wait after a failed fetch; it doubles with each further one.
@@ -26,6 +28,8 @@ pub enum MirrorState {
         /// The bare repository, to be bound read-only.
         mirror: PathBuf,
     },
+    /// The mirror has the commit, and it will not do: nothing is tried again before something else is wanted.
+    Refused(FetchFailure),
     /// Waiting for a slot.
     Queued {
         /// From 1.
@@ -50,7 +54,7 @@ pub(super) struct Seen {
     /// Its unit.
     pub unit: Unit,
     /// What it holds, for the apps that want something of it.
-    pub held: BTreeMap<AppName, Commit>,
+    pub held: BTreeMap<AppName, Held>,
 }
 
 /// The unit of a mirror's fetch.
@@ -98,7 +102,7 @@ pub(super) struct Start {
 pub(super) struct Schedule {
     slots: usize,
     mirrors: BTreeMap<MirrorKey, Mirror>,
-    queue: Vec<MirrorKey>,
+    queue: Turns<MirrorKey>,
 }
 
 #[derive(Debug)]
@@ -106,9 +110,9 @@ struct Mirror {
     source: SourceUrl,
     path: PathBuf,
     wants: BTreeMap<AppName, Want>,
-    held: BTreeMap<AppName, Commit>,
+    held: BTreeMap<AppName, Held>,
     /// What the running fetch was told; empty if this agent did not start it.
-    running: Option<BTreeSet<(AppName, Commit)>>,
+    running: Option<BTreeMap<AppName, Want>>,
     /// Failures in a row.
     failures: u32,
     failure: Option<FetchFailure>,
@@ -136,14 +140,15 @@ impl Mirror {
         }
     }
 
-    fn has(&self, app: &AppName, commit: &Commit) -> bool {
-        !self.suspected && self.held.get(app) == Some(commit)
+    /// What came of a want; nothing while it is not fetched.
+    fn answer(&self, app: &AppName, want: &Want) -> Option<Result<(), FetchFailure>> {
+        self.held.get(app).filter(|_| !self.suspected)?.answer(want)
     }
 
     fn is_satisfied(&self) -> bool {
         self.wants
             .iter()
-            .all(|(app, want)| self.has(app, &want.commit))
+            .all(|(app, want)| self.answer(app, want).is_some())
     }
 
     /// `chance` is from 0 to 1: mirrors that failed together are not tried together.
@@ -164,7 +169,7 @@ impl Schedule {
         Self {
             slots: slots.max(1),
             mirrors: BTreeMap::new(),
-            queue: Vec::new(),
+            queue: Turns::default(),
         }
     }
 
@@ -178,13 +183,10 @@ impl Schedule {
         }
         let mirror = self
             .mirrors
-            .entry(key)
+            .entry(key.clone())
             .or_insert_with(|| Mirror::new(want.source.clone(), path));
-        let is_new = mirror
-            .wants
-            .get(app)
-            .is_none_or(|old| old.commit != want.commit);
-        // That one commit is missing says nothing of another.
+        let is_new = mirror.wants.get(app).is_none_or(|old| *old != want);
+        // That one commit is missing says nothing of another, nor of the same without its submodules.
         if is_new
             && mirror
                 .failure
@@ -195,6 +197,10 @@ impl Schedule {
             mirror.failure = None;
         }
         mirror.wants.insert(app.clone(), want);
+        // In the order in which they came; a look takes out what is there already.
+        if mirror.running.is_none() && !mirror.is_satisfied() && mirror.not_before <= now {
+            self.queue.push(app.namespace(), key);
+        }
     }
 
     /// The app wants nothing any more.
@@ -229,6 +235,13 @@ impl Schedule {
         self.mirrors
             .get(key)
             .is_some_and(|mirror| !mirror.wants.is_empty())
+    }
+
+    /// Whether an app wants something of the mirror.
+    pub fn is_wanted_by(&self, key: &MirrorKey, app: &AppName) -> bool {
+        self.mirrors
+            .get(key)
+            .is_some_and(|mirror| mirror.wants.contains_key(app))
     }
 
     /// Whether a fetch runs.
@@ -269,13 +282,12 @@ impl Schedule {
         let is_idle = mirror.running.is_none();
         if is_idle && mirror.wants.is_empty() {
             self.mirrors.remove(key);
-            self.queue.retain(|queued| queued != key);
+            self.queue.remove(key);
         } else if is_idle && !mirror.is_satisfied() && mirror.not_before <= now {
-            if !self.queue.contains(key) {
-                self.queue.push(key.clone());
-            }
+            let namespace = mirror.wants.keys().next().map(AppName::namespace);
+            self.queue.push(namespace.unwrap_or_default(), key.clone());
         } else {
-            self.queue.retain(|queued| queued != key);
+            self.queue.remove(key);
         }
         action
     }
@@ -287,25 +299,25 @@ impl Schedule {
             .values()
             .filter(|mirror| mirror.running.is_some())
             .count();
-        if running >= self.slots || self.queue.is_empty() {
+        if running >= self.slots {
             return None;
         }
-        let key = self.queue.remove(0);
+        let key = self.queue.order().first().map(|&key| key.clone())?;
+        self.queue.serve(&key);
         let mirror = self.mirrors.get_mut(&key)?;
         let holds: Vec<Hold> = mirror
             .wants
             .iter()
-            .filter(|(app, want)| !mirror.has(app, &want.commit))
+            .filter(|(app, want)| mirror.answer(app, want).is_none())
             .map(|(app, want)| Hold {
                 app: app.clone(),
-                commit: want.commit.clone(),
-                reference: want.reference.clone(),
+                want: want.clone(),
             })
             .collect();
         mirror.running = Some(
             holds
                 .iter()
-                .map(|hold| (hold.app.clone(), hold.commit.clone()))
+                .map(|hold| (hold.app.clone(), hold.want.clone()))
                 .collect(),
         );
         let mode = if mirror.suspected {
@@ -359,9 +371,12 @@ impl Schedule {
             .iter()
             .find(|(_, mirror)| mirror.wants.contains_key(app))?;
         let want = mirror.wants.get(app)?;
-        let state = if mirror.has(app, &want.commit) {
-            MirrorState::Ready {
-                mirror: mirror.path.clone(),
+        let state = if let Some(answer) = mirror.answer(app, want) {
+            match answer {
+                Ok(()) => MirrorState::Ready {
+                    mirror: mirror.path.clone(),
+                },
+                Err(failure) => MirrorState::Refused(failure),
             }
         } else if mirror.running.is_some() {
             MirrorState::Fetching
@@ -371,8 +386,9 @@ impl Schedule {
                 retry_in: mirror.not_before.saturating_sub(now),
             }
         } else {
-            let queued = self.queue.iter().position(|queued| queued == key);
-            let of = self.queue.len() + usize::from(queued.is_none());
+            let order = self.queue.order();
+            let queued = order.iter().position(|queued| *queued == key);
+            let of = order.len() + usize::from(queued.is_none());
             MirrorState::Queued {
                 position: queued.map_or(of, |at| at + 1),
                 of,
@@ -387,16 +403,13 @@ impl Mirror {
         &mut self,
         now: Duration,
         chance: f64,
-        told: &BTreeSet<(AppName, Commit)>,
+        told: &BTreeMap<AppName, Want>,
     ) -> Action {
         self.suspected = false;
-        let lost = told.iter().find(|(app, commit)| {
-            self.wants
-                .get(app)
-                .is_some_and(|want| want.commit == *commit)
-                && !self.has(app, commit)
+        let lost = told.iter().find(|(app, want)| {
+            self.wants.get(*app) == Some(*want) && self.answer(app, want).is_none()
         });
-        if let Some((_, commit)) = lost {
+        if let Some((_, Want { commit, .. })) = lost {
             // Or it would be fetched again and again without a pause.
             let message = format!(
                 "the fetch of {} ended well, but the mirror does not hold {commit}",

@@ -1,5 +1,5 @@
 use super::*;
-use crate::api::deployment::{HttpGet, HttpHeader};
+use crate::api::deployment::HttpHeader;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -33,30 +33,23 @@ async fn serve(answer: &'static str) -> (u16, JoinHandle<String>) {
     (port, asked)
 }
 
-fn probe(headers: &[(&str, &str)]) -> Probe {
-    Probe {
-        http_get: Some(HttpGet {
-            path: "/healthz?full=1".into(),
-            http_headers: headers
-                .iter()
-                .map(|(name, value)| HttpHeader {
-                    name: (*name).into(),
-                    value: (*value).into(),
-                })
-                .collect(),
-        }),
-        tcp_socket: None,
-        initial_delay_seconds: 0,
-        period_seconds: 1,
-        timeout_seconds: 1,
-        success_threshold: 1,
-        failure_threshold: 3,
-    }
+fn check_of(headers: &[(&str, &str)], route_host: Option<&str>) -> Check {
+    let get = HttpGet {
+        path: "/healthz?full=1".into(),
+        http_headers: headers
+            .iter()
+            .map(|(name, value)| HttpHeader {
+                name: (*name).into(),
+                value: (*value).into(),
+            })
+            .collect(),
+    };
+    Check::new(Some(&get), seconds(1), route_host)
 }
 
 async fn outcome(answer: &'static str) -> Result<(), ProbeError> {
     let (port, _) = serve(answer).await;
-    check(&Check::new(&probe(&[]), None), port).await
+    check(&check_of(&[], None), port).await
 }
 
 #[tokio::test]
@@ -97,7 +90,7 @@ async fn a_wrong_protocol_silence_and_a_closed_port_each_have_their_error() {
             .unwrap_or_else(|e| panic!("{e}"))
     };
     assert!(matches!(
-        check(&Check::new(&probe(&[]), None), port).await,
+        check(&check_of(&[], None), port).await,
         Err(ProbeError::Connect { .. })
     ));
 }
@@ -116,10 +109,7 @@ async fn the_host_is_the_routes_unless_the_probe_sets_it() {
         ),
     ] {
         let (port, asked) = serve(OK).await;
-        assert_eq!(
-            check(&Check::new(&probe(&headers), route), port).await,
-            Ok(())
-        );
+        assert_eq!(check(&check_of(&headers, route), port).await, Ok(()));
         let asked = asked
             .await
             .unwrap_or_else(|e| panic!("{e}"))
@@ -162,7 +152,7 @@ fn thresholds_count_in_a_row_and_a_verdict_holds_until_the_other_threshold() {
         success_threshold: 2,
         failure_threshold: 3,
     };
-    let mut readiness = Readiness::new(timings, seconds(100));
+    let mut readiness = Checks::new(timings, seconds(100));
     assert_eq!(readiness.next_check(), seconds(105));
     // (succeeds, verdict after it)
     let history = [

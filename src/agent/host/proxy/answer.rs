@@ -26,12 +26,14 @@ pub(super) fn came_from(answer: &Answer, target: RouteTarget) -> Result<(), Stri
         .and_then(|value| value.to_str().ok())
         .unwrap_or_default();
     match (target, answerer(header)) {
-        // The proxy's own, not the app's.
-        (RouteTarget::Unavailable | RouteTarget::Paused { .. }, None) if answer.status == 503 => {
+        // The proxy's own, without asking anybody.
+        (RouteTarget::Unavailable | RouteTarget::Paused { .. }, _)
+            if answer.status == 503 && header.is_empty() =>
+        {
             Ok(())
         }
         (RouteTarget::Unavailable | RouteTarget::Paused { .. }, _) => Err(format!(
-            "it was answered with status {}, not with 503",
+            "it was answered with status {} from {header:?}, not with 503 by the proxy",
             answer.status
         )),
         (RouteTarget::Port { primary, .. }, Some(port)) if port == primary => Ok(()),
@@ -119,12 +121,12 @@ mod tests {
             came_from(&answer(503, ""), RouteTarget::Unavailable),
             Ok(())
         );
-        assert!(
-            came_from(
-                &answer(200, "127.0.0.1:20001;0.001"),
-                RouteTarget::Unavailable
-            )
-            .is_err()
-        );
+        for (status, header) in [
+            (200, "127.0.0.1:20001;0.001"),
+            // A process was asked, and was not there.
+            (503, "127.0.0.1:20001;-"),
+        ] {
+            assert!(came_from(&answer(status, header), RouteTarget::Unavailable).is_err());
+        }
     }
 }

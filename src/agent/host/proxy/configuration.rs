@@ -8,14 +8,14 @@
 //! guard.sh            run before each start: sets aside what nginx refuses, so that the rest starts
 //! ```
 //!
-//! Invariants: no text of a user's reaches a file but host names, which
-//! [`super::HostName::parse`] has checked. File names are made of ids only. The
-//! same input gives the same text.
+//! Invariants: no text of a user's reaches a file but host names and paths, which
+//! [`super::HostName::parse`] and [`super::RoutePath::parse`] have checked. File
+//! names are made of ids only. The same input gives the same text.
 
 use std::path::Path;
 
-use super::{ProxySettings, RouteTarget, VirtualHost};
-use crate::api::names::hex_digest;
+use super::{ProxySettings, Route, RouteTarget, VirtualHost};
+use crate::api::names::{AppName, hex_digest};
 
 /// The unit.
 pub const UNIT: &str = "kari-proxy.service";
@@ -34,6 +34,10 @@ const CLOSING_CODE: u16 = 590;
 
 /// Another one.
 const PAUSED_CODE: u16 = 591;
+
+/// Seconds in which a client takes nothing of an answer, or sends nothing of a request that it began, and is
+/// gone. Above the limit of a drain, so that no slow client is cut because of a switch.
+const STALLED_CLIENT_SECONDS: u32 = 180;
 
 /// Answers that the process does not run.
 const UNAVAILABLE: &str = "        default_type text/plain;
@@ -80,12 +84,12 @@ pub const PAUSED_FOLDER: &str = "paused";
 
 /// While this file is there, requests for a process are answered with 503. It has the port in its name, so
 /// that it says nothing of the process of before, which serves until the reload that ends it.
-pub fn pause_file(app: &crate::api::names::AppName, process: &str, port: u16) -> String {
+pub fn pause_file(app: &AppName, process: &str, port: u16) -> String {
     format!("{}{process}.{port}", pause_files_of(app))
 }
 
 /// How the names of an app's pause files begin.
-pub fn pause_files_of(app: &crate::api::names::AppName) -> String {
+pub fn pause_files_of(app: &AppName) -> String {
     format!("{app}.")
 }
 
@@ -172,10 +176,10 @@ proxy_max_temp_file_size 0;
 proxy_buffer_size 32k;
 proxy_buffers 8 32k;
 
-# A slow client has a minute, an app an hour: websockets and long polls are silent for long.
+# A slow client has minutes, an app an hour: websockets and long polls are silent for long.
 client_header_timeout 60s;
-client_body_timeout 60s;
-send_timeout 60s;
+client_body_timeout {STALLED_CLIENT_SECONDS}s;
+send_timeout {STALLED_CLIENT_SECONDS}s;
 keepalive_timeout 75s;
 proxy_connect_timeout 5s;
 proxy_send_timeout 1h;
@@ -184,6 +188,18 @@ proxy_read_timeout 1h;
 # The next server of an upstream is the one of before a switch. Only what HTTP allows is sent twice:
 # a request that changes something (POST, PATCH, LOCK) is not, once a byte of it was sent.
 proxy_next_upstream error timeout;
+# Whether the last process that was tried took the connection: else nothing of the request has reached it.
+map $upstream_connect_time $kari_unreached {{
+    default '';
+    '~-$' 1;
+}}
+# Whether it took the connection and was silent then.
+map $upstream_status $kari_silent {{
+    default '';
+    '~504$' 1;
+}}
+# A failure of what is asked after one of the codes of Kari's own is looked at as well.
+recursive_error_pages on;
 
 map $http_upgrade $kari_connection {{
     default upgrade;
@@ -247,81 +263,146 @@ fn identity(text: &str) -> String {
 }
 
 /// The name of a Deployment's file in vhosts/.
-pub fn virtual_host_file(app: &crate::api::names::AppName) -> String {
+pub fn virtual_host_file(app: &AppName) -> String {
     format!("{app}.conf")
 }
 
-/// A Deployment's file.
+/// A Deployment's file: the upstream of each route, and a server for all the hosts that have the same routes.
 pub fn render_virtual_host(host: &VirtualHost, settings: &ProxySettings, folder: &Path) -> String {
     let VirtualHost {
         app,
         release_id,
         routes,
     } = host;
-    let identity = identity(&release_id.to_string());
-    let folder = folder.join(PAUSED_FOLDER);
-    let listen = listen(settings, "");
     let mut text = format!("# Written by kari agent for {app}; an edit is overwritten.\n");
-    for super::Route {
+    for Route {
         process,
-        hosts,
+        hosts: _,
+        path: _,
         target,
-        measured_path: _,
+        probe_path: _,
     } in routes
     {
-        let names = hosts
+        let upstream = upstream_name(app, process);
+        text.push_str(&match target {
+            RouteTarget::Port { primary, backup } => render_upstream(&upstream, *primary, *backup),
+            // The same text as that of a port: a file more is the difference.
+            RouteTarget::Paused { primary } => render_upstream(&upstream, *primary, None),
+            RouteTarget::Unavailable => String::new(),
+        });
+    }
+    let mut servers: Vec<(Vec<&str>, Vec<&Route>)> = vec![];
+    for (host, routes) in host.routes_by_host() {
+        match servers.iter_mut().find(|(_, known)| *known == routes) {
+            Some((names, _)) => names.push(host.as_str()),
+            None => servers.push((vec![host.as_str()], routes)),
+        }
+    }
+    let identity = identity(&release_id.to_string());
+    let listen = listen(settings, "");
+    let folder = folder.join(PAUSED_FOLDER);
+    for (names, routes) in servers {
+        let names = names.join(" ");
+        let has_all = routes.iter().any(|route| route.path.is_all());
+        let locations: String = routes
             .iter()
-            .map(super::HostName::as_str)
-            .collect::<Vec<_>>()
-            .join(" ");
-        let upstream = format!("kari.{app}.{process}");
-        let location = match target {
-            RouteTarget::Port { primary, backup } => {
-                text.push_str(&render_upstream(&upstream, *primary, *backup));
-                render_location(&upstream, &folder.join(pause_file(app, process, *primary)))
-            }
-            // The same text: a file more is the difference.
-            RouteTarget::Paused { primary } => {
-                text.push_str(&render_upstream(&upstream, *primary, None));
-                render_location(&upstream, &folder.join(pause_file(app, process, *primary)))
-            }
-            RouteTarget::Unavailable => format!("    location / {{\n{UNAVAILABLE}    }}\n"),
-        };
+            .map(|route| render_locations(app, route, &folder))
+            .collect();
+        let others = if has_all { "" } else { NO_SUCH_PATH };
         text.push_str(&format!(
             "server {{
 {listen}    server_name {names};
     add_header {ANSWERED_BY_HEADER} $kari_answered_by always;
-{identity}{location}}}
+{identity}{locations}{others}}}
 "
         ));
     }
     text
 }
 
-/// Passes requests on while no file says otherwise.
-fn render_location(upstream: &str, pause_file: &Path) -> String {
+/// Answers where no route has the path.
+const NO_SUCH_PATH: &str = "    location / {
+        default_type text/plain;
+        return 404 \"no process of this Deployment serves this path\\n\";
+    }
+";
+
+fn upstream_name(app: &AppName, process: &str) -> String {
+    format!("kari.{app}.{process}")
+}
+
+/// The locations of a route: its path itself and what is below it. nginx takes the longest that fits.
+fn render_locations(app: &AppName, route: &Route, pause_folder: &Path) -> String {
+    let Route {
+        process,
+        hosts: _,
+        path,
+        target,
+        probe_path: _,
+    } = route;
+    let upstream = upstream_name(app, process);
+    let (rules, named) = match target {
+        RouteTarget::Port { primary, backup: _ } | RouteTarget::Paused { primary } => {
+            let pause_file = pause_folder.join(pause_file(app, process, *primary));
+            render_pass(process, &upstream, &pause_file)
+        }
+        RouteTarget::Unavailable => (UNAVAILABLE.to_owned(), String::new()),
+    };
+    let path = path.as_str();
+    let matchers = match path {
+        "/" => vec!["/".to_owned()],
+        _ => vec![format!("= {path}"), format!("{path}/")],
+    };
+    let locations: String = matchers
+        .iter()
+        .map(|matcher| format!("    location {matcher} {{\n{rules}    }}\n"))
+        .collect();
+    locations + &named
+}
+
+/// Passes requests on while no file says otherwise: what the route's locations say, and the locations that
+/// they name.
+fn render_pass(process: &str, upstream: &str, pause_file: &Path) -> (String, String) {
     let pause_file = pause_file.display();
-    format!(
-        "    location / {{
-        if (-f {pause_file}) {{
+    let rules = format!(
+        "        if (-f {pause_file}) {{
             return {PAUSED_CODE};
         }}
         if (-f {CLOSING_FILE}) {{
             return {CLOSING_CODE};
         }}
-        error_page {PAUSED_CODE} = @paused;
-        error_page {CLOSING_CODE} = @closing;
+        error_page {PAUSED_CODE} = @paused.{process};
+        error_page {CLOSING_CODE} = @closing.{process};
+        error_page 502 504 = @failed.{process};
         proxy_pass http://{upstream};
-    }}
-    location @closing {{
+"
+    );
+    // Of nginx's own failures only: the app's answers with these statuses are not looked at.
+    let named = format!(
+        "    location @closing.{process} {{
         keepalive_timeout 0;
+        error_page 502 504 = @failed.{process};
         proxy_pass http://{upstream};
     }}
-    location @paused {{
+    location @paused.{process} {{
         keepalive_timeout 0;
 {UNAVAILABLE}    }}
+    location @failed.{process} {{
+        default_type text/plain;
+        add_header {ANSWERED_BY_HEADER} $kari_answered_by always;
+        if ($kari_unreached) {{
+            add_header {ANSWERED_BY_HEADER} $kari_answered_by always;
+            add_header Retry-After 5 always;
+            return 503 \"process {process} is not running on this node at the moment\\n\";
+        }}
+        if ($kari_silent) {{
+            return 504 \"process {process} gave no answer to this request in time\\n\";
+        }}
+        return 502 \"process {process} broke off in the middle of this request\\n\";
+    }}
 "
-    )
+    );
+    (rules, named)
 }
 
 /// Idle connections to an app are kept for less time than any app server keeps them: one that the app

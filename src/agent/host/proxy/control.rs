@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::answer::{came_from, names};
@@ -13,7 +14,7 @@ use super::configuration::{
     render_unit, render_virtual_host, settings_digest, virtual_host_file,
 };
 use super::reload::{OldWorkers, Reloads, Worker};
-use super::{HostName, ProxySettings, Route, RouteTarget, VirtualHost};
+use super::{HostName, ProxySettings, RouteTarget, VirtualHost, measured_path};
 use crate::agent::host::port::holder_of;
 use crate::agent::host::probe::{self, ANY_LABEL, Answer};
 use crate::agent::host::store::{self, StoreError, UnitFiles, write_durably};
@@ -27,6 +28,9 @@ pub const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long the measured answer of an app may take: it was ready just now.
 const MEASURE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Requests at once of one measurement: there may be 256 paths of hosts, and an app that takes a while for each.
+const MEASURED_AT_ONCE: usize = 8;
 
 /// From the start of the unit to its being up: nginx itself waits 2.5 s for a port, the guard tries
 /// each file if one of them is bad.
@@ -283,35 +287,34 @@ impl Proxy {
         Ok(())
     }
 
-    /// Whether `host` is in force: each of its host names is answered by the release, and each route by the
-    /// process that it names. Each request is on a connection of its own.
+    /// Whether `host` is in force: each of its host names is answered by the release, and each path of each by
+    /// the process that it names. Each request is on a connection of its own.
     pub async fn measure(&self, host: &VirtualHost) -> Result<(), ProxyError> {
-        let VirtualHost {
-            app: _,
-            release_id,
-            routes,
-        } = host;
+        let release = host.release_id.to_string();
         let deadline = Instant::now() + MEASURE_LIMIT;
-        for Route {
-            process: _,
-            hosts,
-            target,
-            measured_path,
-        } in routes
-        {
-            for host in hosts {
-                let answer = self.ask(host.as_str(), IDENTITY_PATH, deadline).await?;
-                names(&answer, &release_id.to_string())
-                    .map_err(|message| not_in_force(host.as_str(), message))?;
-            }
-            if let Some(host) = hosts.first() {
-                let answer = self.ask(host.as_str(), measured_path, deadline).await?;
-                came_from(&answer, *target).map_err(|message| {
-                    not_in_force(host.as_str(), format!("GET {measured_path}: {message}"))
-                })?;
+        let mut questions = vec![];
+        for (host, routes) in host.routes_by_host() {
+            questions.push((host, IDENTITY_PATH, None));
+            for route in &routes {
+                questions.push((host, measured_path(route, &routes), Some(route.target)));
             }
         }
-        Ok(())
+        let ask = |(host, path, target): (&HostName, &str, Option<RouteTarget>)| {
+            let (host, path) = (host.to_string(), path.to_owned());
+            let release = &release;
+            async move {
+                let answer = self.ask(&host, &path, deadline).await?;
+                match target {
+                    None => names(&answer, release),
+                    Some(target) => came_from(&answer, target),
+                }
+                .map_err(|message| not_in_force(&host, format!("GET {path}: {message}")))
+            }
+        };
+        stream::iter(questions.into_iter().map(ask))
+            .buffered(MEASURED_AT_ONCE)
+            .try_collect()
+            .await
     }
 
     /// Serves nothing for `app` any more: removes its file, reloads, and measures that its hosts are

@@ -15,6 +15,23 @@ fn host(name: &str) -> HostName {
     HostName::parse(name).unwrap_or_else(|e| panic!("{e}"))
 }
 
+fn path(text: &str) -> RoutePath {
+    RoutePath::parse(text).unwrap_or_else(|e| panic!("{e}"))
+}
+
+fn route(process: &str, hosts: &[&str], at: &str, port: u16) -> Route {
+    Route {
+        process: process.into(),
+        hosts: hosts.iter().map(|name| host(name)).collect(),
+        path: path(at),
+        target: RouteTarget::Port {
+            primary: port,
+            backup: None,
+        },
+        probe_path: None,
+    }
+}
+
 fn settings() -> ProxySettings {
     ProxySettings {
         http_port: 8080,
@@ -31,8 +48,9 @@ fn shop(target: RouteTarget) -> VirtualHost {
         routes: vec![Route {
             process: "web".into(),
             hosts: vec![host("shop.test"), host("*.shop.test")],
+            path: path("/"),
             target,
-            measured_path: "/".into(),
+            probe_path: None,
         }],
     }
 }
@@ -82,6 +100,126 @@ fn a_host_is_a_dns_name_and_nothing_that_nginx_takes_for_more() {
     ] {
         assert!(HostName::parse(bad).is_err(), "{bad}");
     }
+}
+
+#[test]
+fn a_path_is_whole_segments_and_nothing_that_nginx_takes_for_more() {
+    let long = format!("/{}", "a".repeat(255));
+    for good in [
+        "/",
+        "/a",
+        "/api/v2.1",
+        "/@me/~x/a_b-c+d:e",
+        "/.well-known",
+        "/.well-known/karix",
+        &long,
+    ] {
+        assert!(RoutePath::parse(good).is_ok(), "{good}");
+    }
+    let too_long = format!("/{}", "a".repeat(256));
+    for bad in [
+        "",
+        "a",
+        "a/b",
+        "//",
+        "/a/",
+        "/a//b",
+        "/./a",
+        "/a/..",
+        "/a b",
+        "/a;",
+        "/a{",
+        "/$a",
+        "/\"a",
+        "/'a",
+        "/a\\b",
+        "/a#b",
+        "/a?b",
+        "/a*",
+        "/a%20b",
+        "/ü",
+        "/a\n",
+        "/.well-known/kari",
+        "/.well-known/kari/x",
+        &too_long,
+    ] {
+        assert!(RoutePath::parse(bad).is_err(), "{bad}");
+    }
+    for (of, asked, fits) in [
+        ("/api", "/api", true),
+        ("/api", "/api/", true),
+        ("/api", "/api/x", true),
+        ("/api", "/apix", false),
+        ("/api", "/", false),
+        ("/", "/apix", true),
+    ] {
+        assert_eq!(path(of).matches(asked), fits, "{of} {asked}");
+    }
+}
+
+#[test]
+fn a_server_has_the_hosts_that_have_the_same_routes_and_refuses_other_paths() {
+    let mut shop = shop(RouteTarget::Unavailable);
+    shop.routes = vec![
+        route("web", &["a.test", "b.test"], "/", 1),
+        route("api", &["b.test", "a.test", "c.test"], "/api", 2),
+    ];
+    let text = render_virtual_host(&shop, &settings(), Path::new("/proxy"));
+    let servers: Vec<&str> = text.split("\nserver {").skip(1).collect();
+    assert_eq!(servers.len(), 2, "{text}");
+    assert!(servers[0].contains("server_name a.test b.test;"), "{text}");
+    assert!(servers[1].contains("server_name c.test;"), "{text}");
+    for server in &servers {
+        for location in [
+            "location = /api {",
+            "location /api/ {",
+            "location @paused.api {",
+        ] {
+            assert_eq!(server.matches(location).count(), 1, "{text}");
+        }
+        assert_eq!(server.matches("location / {").count(), 1, "{text}");
+    }
+    assert!(
+        !servers[0].contains("return 404 \"") && servers[1].contains("return 404 \""),
+        "{text}"
+    );
+    // Each upstream once, whatever the servers that name it.
+    assert_eq!(
+        text.matches("upstream kari.web.shop.api {").count(),
+        1,
+        "{text}"
+    );
+}
+
+#[test]
+fn a_route_is_measured_by_its_probes_path_only_where_that_comes_to_it() {
+    let probed = |at: &str, probe: &str| Route {
+        probe_path: Some(probe.into()),
+        ..route("web", &["a.test"], at, 1)
+    };
+    for (at, probe, others, asked) in [
+        ("/", "/healthz", vec![], "/healthz"),
+        ("/", "/healthz?deep=1", vec![], "/healthz?deep=1"),
+        ("/api", "/healthz", vec![], "/api"),
+        ("/api", "/api/healthz", vec![], "/api/healthz"),
+        ("/", "/api/healthz", vec!["/api"], "/"),
+        ("/api", "/api/healthz", vec!["/"], "/api/healthz"),
+        ("/", "/%61pi", vec!["/api"], "/"),
+        ("/", "/x/../api", vec!["/api"], "/"),
+        ("/", "/.well-known/kari", vec![], "/"),
+    ] {
+        let route_of = probed(at, probe);
+        let others: Vec<Route> = others
+            .iter()
+            .map(|at| route("other", &["a.test"], at, 2))
+            .collect();
+        let all: Vec<&Route> = others.iter().chain([&route_of]).collect();
+        assert_eq!(measured_path(&route_of, &all), asked, "{at} {probe}");
+    }
+    assert_eq!(
+        measured_path(&route("web", &["a.test"], "/x", 1), &[]),
+        "/x"
+    );
 }
 
 #[test]
@@ -179,6 +317,14 @@ proptest! {
         if let Ok(host) = HostName::parse(&text) {
             prop_assert!(host.as_str().bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'-' | b'*')));
             prop_assert_eq!(host.as_str().matches('*').count(), usize::from(text.starts_with("*.")));
+        }
+    }
+
+    #[test]
+    fn no_accepted_path_holds_a_character_that_nginx_reads_as_more_than_a_path(text in "/[ -~ü]{0,12}") {
+        if let Ok(path) = RoutePath::parse(&text) {
+            prop_assert!(path.as_str().bytes().all(|b| b.is_ascii_alphanumeric() || b"/._~@:+-".contains(&b)));
+            prop_assert!(!path.as_str().contains("//") && !path.as_str().contains("/../"));
         }
     }
 }

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{self, Read as _, Seek as _};
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use super::{Store, StoreError, durable};
@@ -47,6 +48,17 @@ impl Stage {
     pub fn script(&self) -> PathBuf {
         self.path.join("build")
     }
+
+    /// Makes a folder of the tree for the user `uid`, its parents too. Only in a stage that is new: of what
+    /// a build has made, a link could lead anywhere. `relative` has no `..`.
+    pub fn create_folder(&self, relative: &Path, uid: u32) -> Result<(), StoreError> {
+        let mut path = self.source();
+        for part in relative.components() {
+            path.push(part);
+            durable::make_folder(&path, 0o755, Some(uid))?;
+        }
+        Ok(())
+    }
 }
 
 impl AppFolder {
@@ -72,7 +84,9 @@ impl AppFolder {
     /// Makes it with its inner folders.
     pub fn create(&self) -> Result<(), StoreError> {
         durable::make_folder(&self.path, 0o700, None)?;
-        for name in ["releases", "builds", "stage", "state", "env", "logs"] {
+        for name in [
+            "releases", "builds", "stage", "cache", "state", "env", "logs",
+        ] {
             durable::make_folder(&self.path.join(name), 0o700, None)?;
         }
         Ok(())
@@ -92,6 +106,7 @@ impl AppFolder {
             "releases",
             "builds",
             "stage",
+            "cache",
             "env",
             "logs",
             "applied.json",
@@ -125,13 +140,31 @@ impl AppFolder {
 
     // ---- Records ----
 
+    /// Writes a record; on a disk that is full, into the room that is set aside for them.
+    fn write_record<R: Record>(&self, path: &Path, record: &R) -> Result<(), StoreError> {
+        let text = records::render(record).map_err(|source| StoreError::Record {
+            path: path.to_owned(),
+            source,
+        })?;
+        match durable::write(path, &text, 0o600) {
+            Err(error) if error.is_full() => {
+                tracing::warn!(
+                    "the disk is full: records are written into the room that is set aside for them"
+                );
+                self.store.drop_ballast()?;
+                durable::write(path, &text, 0o600)
+            }
+            written => written,
+        }
+    }
+
     /// `kept.json`.
     pub fn read_kept(&self) -> Result<Option<KeptRecord>, StoreError> {
         read_record(&self.path.join("kept.json"))
     }
     /// `kept.json`.
     pub fn write_kept(&self, record: &KeptRecord) -> Result<(), StoreError> {
-        write_record(&self.path.join("kept.json"), record)
+        self.write_record(&self.path.join("kept.json"), record)
     }
     /// `kept.json`.
     pub fn remove_kept(&self) -> Result<(), StoreError> {
@@ -144,7 +177,7 @@ impl AppFolder {
     }
     /// `applied.json`.
     pub fn write_applied(&self, record: &AppliedRecord) -> Result<(), StoreError> {
-        write_record(&self.path.join("applied.json"), record)
+        self.write_record(&self.path.join("applied.json"), record)
     }
     /// `attempt.json`.
     pub fn read_attempt(&self) -> Result<Option<AttemptRecord>, StoreError> {
@@ -152,7 +185,7 @@ impl AppFolder {
     }
     /// `attempt.json`.
     pub fn write_attempt(&self, record: &AttemptRecord) -> Result<(), StoreError> {
-        write_record(&self.path.join("attempt.json"), record)
+        self.write_record(&self.path.join("attempt.json"), record)
     }
     /// `attempt.json`.
     pub fn remove_attempt(&self) -> Result<(), StoreError> {
@@ -164,7 +197,7 @@ impl AppFolder {
     }
     /// `users.json`.
     pub fn write_users(&self, record: &UsersRecord) -> Result<(), StoreError> {
-        write_record(&self.path.join("users.json"), record)
+        self.write_record(&self.path.join("users.json"), record)
     }
     /// `releases/<revision>.json`.
     pub fn read_release(
@@ -175,7 +208,7 @@ impl AppFolder {
     }
     /// `releases/<revision>.json`.
     pub fn write_release(&self, record: &ReleaseRecord) -> Result<(), StoreError> {
-        write_record(&self.release(&record.revision)?, record)
+        self.write_record(&self.release(&record.revision)?, record)
     }
     /// All of `releases/`, the newest first. One that cannot be read is an error: what it refers to must
     /// not be collected.
@@ -249,6 +282,22 @@ impl AppFolder {
         self.path.join("logs").join(format!("{release_id}.{step}"))
     }
 
+    /// Adds a line of the agent's own to a log.
+    pub fn append_log(
+        &self,
+        release_id: &ReleaseId,
+        step: &str,
+        line: &str,
+    ) -> Result<(), StoreError> {
+        let path = self.log(release_id, step);
+        let mut options = fs::OpenOptions::new();
+        options.append(true).create(true).mode(0o600);
+        options
+            .open(&path)
+            .and_then(|mut log| log.write_all(format!("kari: {line}\n").as_bytes()))
+            .map_err(StoreError::io("write", &path))
+    }
+
     /// Bytes of a log so far; 0 if there is none.
     pub fn log_bytes(&self, release_id: &ReleaseId, step: &str) -> u64 {
         fs::metadata(self.log(release_id, step)).map_or(0, |metadata| metadata.len())
@@ -295,9 +344,14 @@ impl AppFolder {
         Ok((digest, path))
     }
 
+    /// Where the state folder of a process is, or would be.
+    pub fn state_folder(&self, process: &str) -> PathBuf {
+        self.path.join("state").join(process)
+    }
+
     /// Makes the state folder of a process for the user `uid`, and leaves one that is there as it is.
     pub fn create_state(&self, process: &str, uid: u32) -> Result<PathBuf, StoreError> {
-        let path = self.path.join("state").join(file_name(process)?);
+        let path = self.state_folder(file_name(process)?);
         if !path.is_dir() {
             durable::make_folder(&path, 0o700, Some(uid))?;
         }
@@ -312,6 +366,7 @@ impl AppFolder {
         Ok(Contents {
             builds: names("builds")?,
             stages: names("stage")?,
+            caches: names("cache")?,
             releases: self.revisions()?,
             logs: names("logs")?,
             env: names("env")?,
@@ -326,6 +381,8 @@ pub struct Contents {
     pub builds: Vec<String>,
     /// `<key>.<try>`.
     pub stages: Vec<String>,
+    /// Names by [`cache_name`](super::cache_name).
+    pub caches: Vec<String>,
     /// Revisions.
     pub releases: Vec<RevisionName>,
     /// `<releaseId>.<step>`.
@@ -341,6 +398,8 @@ pub struct References {
     pub builds: BTreeSet<BuildKey>,
     /// Stages whose build runs or is to be sealed.
     pub stages: BTreeSet<(BuildKey, u32)>,
+    /// Caches that a build names, by [`cache_name`](super::cache_name).
+    pub caches: BTreeSet<String>,
     /// Revisions that can be gone back to.
     pub releases: BTreeSet<RevisionName>,
     /// Releases whose logs are kept.
@@ -354,6 +413,7 @@ pub fn garbage(contents: &Contents, references: &References) -> Vec<PathBuf> {
     let Contents {
         builds,
         stages,
+        caches,
         releases,
         logs,
         env,
@@ -370,6 +430,12 @@ pub fn garbage(contents: &Contents, references: &References) -> Vec<PathBuf> {
                     .any(|(key, build_try)| **name == format!("{key}.{build_try}"))
             })
             .map(|name| within("stage", name)),
+    );
+    garbage.extend(
+        caches
+            .iter()
+            .filter(|name| !references.caches.contains(*name))
+            .map(|name| within("cache", name)),
     );
     garbage.extend(
         builds
@@ -412,14 +478,6 @@ fn read_record<R: Record>(path: &Path) -> Result<Option<R>, StoreError> {
                 source,
             }),
     }
-}
-
-fn write_record<R: Record>(path: &Path, record: &R) -> Result<(), StoreError> {
-    let text = records::render(record).map_err(|source| StoreError::Record {
-        path: path.to_owned(),
-        source,
-    })?;
-    durable::write(path, &text, 0o600)
 }
 
 /// A name as a part of a path: not hidden, no separator.
@@ -603,6 +661,7 @@ mod tests {
         let contents = Contents {
             builds: vec![one.to_string(), two.to_string(), "odd".to_owned()],
             stages: vec![format!("{one}.0"), format!("{one}.1"), format!("{two}.1")],
+            caches: vec!["named".to_owned(), "unnamed".to_owned()],
             releases: vec![RevisionName::new("shop-1"), RevisionName::new("shop-2")],
             logs: vec![format!("{kept}.build"), format!("{lost}.build")],
             env: vec![env.to_string(), old_env.to_string()],
@@ -610,6 +669,7 @@ mod tests {
         let references = References {
             builds: [one.clone()].into(),
             stages: [(one.clone(), 1)].into(),
+            caches: ["named".to_owned()].into(),
             releases: [RevisionName::new("shop-2")].into(),
             logs: [kept].into(),
             env: [env].into(),
@@ -617,6 +677,7 @@ mod tests {
         let expected: Vec<PathBuf> = [
             format!("stage/{one}.0"),
             format!("stage/{two}.1"),
+            "cache/unnamed".to_owned(),
             format!("builds/{two}"),
             "builds/odd".to_owned(),
             "releases/shop-1.json".to_owned(),

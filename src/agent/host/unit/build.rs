@@ -1,37 +1,45 @@
 //! Builds: their key, their script, their environment, and the step that runs them.
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Component, Path, PathBuf};
 
 use super::{DEFAULT_TASKS, StepLimits, StepSpec, UnitError, in_app};
 use crate::agent::host::jail::{APP_PATH, JAIL_VERSION, MIRROR_PATH, SCRIPT_PATH};
 use crate::agent::host::quote::{self, QuoteError};
 use crate::agent::host::records::BuildKey;
 use crate::agent::host::store::Stage;
-use crate::api::deployment::{Build, EnvVar, ResourceLimits};
+use crate::api::deployment::{Build, ResourceLimits};
 use crate::api::names::{AppName, Commit};
 
 /// The key of the tree that a build results in: a digest of all that the tree follows from. The limits
 /// and the deadline of a build are not part of it.
-pub fn build_key(commit: &Commit, directory: Option<&str>, build: Option<&Build>) -> BuildKey {
+pub fn build_key(
+    commit: &Commit,
+    submodules: bool,
+    directory: Option<&str>,
+    build: Option<&Build>,
+) -> BuildKey {
     let build = build.map(
         |Build {
              run,
              command,
              env,
              network,
+             cache_directories,
              timeout_seconds: _,
              resources: _,
          }| {
+            let caches: BTreeSet<_> = cache_directories.iter().collect();
             let env: BTreeMap<_, _> = env
                 .iter()
-                .map(|EnvVar { name, value }| (name, value))
+                .map(|variable| (&variable.name, variable.plain_value()))
                 .collect();
-            serde_json::json!({"run": run, "command": command, "env": env, "network": network})
+            serde_json::json!({"run": run, "command": command, "env": env, "network": network, "cacheDirectories": caches})
         },
     );
     let content = serde_json::json!({
         "commit": commit.as_str(),
+        "submodules": submodules,
         // Without a build the whole checkout is what runs, from whatever directory.
         "directory": if build.is_some() { directory } else { None },
         "build": build,
@@ -62,13 +70,58 @@ pub fn build_script(build: &Build) -> Result<String, UnitError> {
     }
 }
 
+/// A line before the script of a build with caches, whose places exist in the tree before the checkout: what
+/// tells that the commit has no such directory. No line of its own, so that the script's keep their numbers.
+pub fn directory_check(
+    commit: &Commit,
+    directory: Option<&str>,
+    tool_path: &str,
+) -> Result<String, UnitError> {
+    let Some(directory) = plain_parts(directory.unwrap_or_default()) else {
+        return Ok(String::new());
+    };
+    let words = [
+        "-i",
+        &format!("PATH={tool_path}"),
+        "git",
+        &format!("--git-dir={MIRROR_PATH}"),
+        "cat-file",
+        "-e",
+        &format!("{commit}:{}", directory.display()),
+    ]
+    .map(str::to_owned);
+    let words = quote::shell_words(&words).map_err(|source| UnitError::Quote {
+        place: "source.git.directory".to_owned(),
+        source,
+    })?;
+    Ok(format!(
+        "/usr/bin/env {words} || exit {EXIT_NO_DIRECTORY}; "
+    ))
+}
+
+/// Where a cache directory is in the tree: relative to its root, and normal.
+pub fn cache_place(directory: Option<&str>, cache: &str) -> PathBuf {
+    let mut place = directory.and_then(plain_parts).unwrap_or_default();
+    place.extend(plain_parts(cache));
+    place
+}
+
+/// A relative path without `.`; nothing if nothing is left.
+fn plain_parts(path: &str) -> Option<PathBuf> {
+    let parts = Path::new(path).components();
+    let plain: PathBuf = parts
+        .filter(|part| !matches!(part, Component::CurDir))
+        .collect();
+    (!plain.as_os_str().is_empty()).then_some(plain)
+}
+
 /// The environment file of a build.
 pub fn build_environment(build: &Build) -> Result<Vec<u8>, UnitError> {
     quote::environment_file(
         build
             .env
             .iter()
-            .map(|EnvVar { name, value }| (name.as_str(), value.as_str())),
+            .map(|variable| (variable.name.as_str(), variable.plain_value())),
     )
     .map_err(|source| UnitError::Quote {
         place: "build.env".to_owned(),
@@ -87,10 +140,14 @@ pub struct BuildSpec<'a> {
     pub mirror: &'a Path,
     /// The stage, made by [`AppFolder::create_stage`](crate::agent::host::store::AppFolder::create_stage).
     pub stage: &'a Stage,
+    /// Whether its submodules are checked out too.
+    pub submodules: bool,
     /// The folder of the repository that the build starts in.
     pub directory: Option<&'a str>,
     /// The build; without it the checkout is all.
     pub build: Option<&'a Build>,
+    /// The folders of the node that are the build's caches, and where [`cache_place`] has each.
+    pub caches: &'a [(PathBuf, PathBuf)],
     /// The file of [`build_environment`].
     pub env_file: Option<&'a Path>,
     /// The app's build user.
@@ -100,6 +157,35 @@ pub struct BuildSpec<'a> {
     /// Where its output goes.
     pub log: &'a Path,
 }
+
+/// `mirror tree commit git…`: checks a commit out by the words after it, then what its submodules are at, and
+/// theirs, which the fetch has brought into the same mirror and whose places it has looked at. A file beside the
+/// mirror, as a reload of systemd does not leave the words of a command that runs as they were.
+pub const CHECKOUT_SCRIPT: &str = r#"# Written by kari agent; an edit is overwritten.
+mirror=$1 tree=$2 commit=$3
+shift 3
+"$@"
+tab=$(printf '\t')
+rm -f "$GIT_INDEX_FILE"
+submodules() (
+    git --git-dir="$mirror" -c core.quotePath=false ls-tree -r --full-tree "$1" >/tmp/kari-links
+    sed -n 's/^160000 commit //p' /tmp/kari-links >"/tmp/kari-links.$3"
+    while IFS=$tab read -r submodule path <&3; do
+        mkdir -p "$tree/$2$path"
+        git -c core.hooksPath=/dev/null --git-dir="$mirror" --work-tree="$tree/$2$path" read-tree --reset -u "$submodule"
+        rm -f "$GIT_INDEX_FILE"
+        submodules "$submodule" "$2$path/" $(($3 + 1))
+    done 3<"/tmp/kari-links.$3"
+)
+submodules "$commit" '' 0
+rm -f /tmp/kari-links*
+"#;
+
+/// The name of [`CHECKOUT_SCRIPT`] in the folder of the mirrors.
+pub const CHECKOUT_FILE: &str = "checkout.sh";
+
+/// Where it is in the jail.
+const CHECKOUT_PATH: &str = "/var/lib/kari/checkout";
 
 /// Seconds in which a checkout without a build must be done.
 const CHECKOUT_TIMEOUT_SECONDS: u32 = 900;
@@ -113,15 +199,17 @@ pub fn build_step(spec: &BuildSpec<'_>) -> Result<StepSpec, UnitError> {
         commit,
         mirror,
         stage,
+        submodules,
         directory,
         build,
+        caches,
         env_file,
         user,
         tool_path,
         log,
     } = *spec;
     // Nothing of the build's environment reaches git, and nothing of the node's configuration.
-    let checkout: Vec<String> = [
+    let environment = [
         "-i",
         &format!("PATH={tool_path}"),
         "HOME=/tmp/home",
@@ -130,6 +218,9 @@ pub fn build_step(spec: &BuildSpec<'_>) -> Result<StepSpec, UnitError> {
         "GIT_CONFIG_GLOBAL=/dev/null",
         "GIT_INDEX_FILE=/tmp/kari-index",
         "GIT_TERMINAL_PROMPT=0",
+    ]
+    .map(str::to_owned);
+    let git = [
         "git",
         "-c",
         "core.hooksPath=/dev/null",
@@ -143,14 +234,28 @@ pub fn build_step(spec: &BuildSpec<'_>) -> Result<StepSpec, UnitError> {
         "--",
         ".",
     ]
-    .map(str::to_owned)
-    .to_vec();
+    .map(str::to_owned);
+    let mut checkout = environment.to_vec();
+    if submodules {
+        let script = ["/bin/sh", "-eu", CHECKOUT_PATH];
+        checkout.extend(script.map(str::to_owned));
+        checkout.extend([MIRROR_PATH, APP_PATH, commit.as_str()].map(str::to_owned));
+    }
+    checkout.extend(git);
 
     let mut writable = vec![
         (stage.source(), APP_PATH.to_owned()),
         (stage.temporary(), "/tmp".to_owned()),
         (stage.temporary(), "/var/tmp".to_owned()),
     ];
+    for (cache, place) in caches {
+        let place = Path::new(APP_PATH).join(place);
+        let place = quote::plain_path(&place).map_err(|source| UnitError::Quote {
+            place: "build.cacheDirectories".to_owned(),
+            source,
+        })?;
+        writable.push((cache.clone(), place.to_owned()));
+    }
     writable.sort_by(|a, b| a.1.cmp(&b.1));
     let mut step = StepSpec {
         description: format!("Kari: build of {app} at {}", commit.short()),
@@ -174,6 +279,10 @@ pub fn build_step(spec: &BuildSpec<'_>) -> Result<StepSpec, UnitError> {
         before: vec![],
         command: checkout.clone(),
     };
+    if submodules {
+        let script = mirror.with_file_name(CHECKOUT_FILE);
+        step.read_only.push((script, CHECKOUT_PATH.to_owned()));
+    }
     if let Some(build) = build {
         step.timeout_seconds = build.timeout_seconds;
         step.limits = build_limits(build)?;
@@ -265,8 +374,13 @@ mod tests {
             stage: &Stage {
                 path: "/var/lib/kari/apps/web.shop/stage/k.0".into(),
             },
+            submodules: false,
             directory: Some("services/shop"),
             build,
+            caches: &[(
+                "/var/lib/kari/apps/web.shop/cache/0".into(),
+                cache_place(Some("./services/shop"), ".cache/npm"),
+            )],
             env_file: Some(Path::new("/var/lib/kari/apps/web.shop/env/b")),
             user: "kari-50000",
             tool_path: "/usr/bin:/bin",
@@ -292,6 +406,20 @@ mod tests {
             ]
         );
         assert_eq!((spec.network, spec.timeout_seconds), (false, 60));
+        // In the order in which they are mounted: within the tree, so after it.
+        assert_eq!(
+            spec.writable[1..3],
+            [
+                (
+                    PathBuf::from("/var/lib/kari/apps/web.shop/stage/k.0/source"),
+                    APP_PATH.to_owned()
+                ),
+                (
+                    PathBuf::from("/var/lib/kari/apps/web.shop/cache/0"),
+                    format!("{APP_PATH}/services/shop/.cache/npm")
+                ),
+            ]
+        );
         assert_eq!(build_script(&of_build).unwrap(), "make; echo $$ %n\n");
         let settings = step_properties(&spec).unwrap();
         assert!(settings.contains(&Setting::new("PrivateNetwork", Value::Switch(true))));
@@ -317,7 +445,7 @@ mod tests {
             build(json)
         };
         let base = json(serde_json::json!({}));
-        let key = |build: &Build| build_key(&commit(), Some("d"), Some(build));
+        let key = |build: &Build| build_key(&commit(), false, Some("d"), Some(build));
         for same in [
             serde_json::json!({"timeoutSeconds": 60}),
             serde_json::json!({"resources": {"limits": {"tasks": 7}}}),
@@ -329,18 +457,41 @@ mod tests {
             serde_json::json!({"run": "make all"}),
             serde_json::json!({"env": []}),
             serde_json::json!({"network": false}),
+            serde_json::json!({"cacheDirectories": [".cache"]}),
         ] {
             assert_ne!(key(&json(other.clone())), key(&base), "{other}");
         }
-        assert_ne!(build_key(&commit(), Some("e"), Some(&base)), key(&base));
-        assert_ne!(build_key(&commit(), Some("d"), None), key(&base));
+        assert_ne!(
+            build_key(&commit(), false, Some("e"), Some(&base)),
+            key(&base)
+        );
+        assert_ne!(build_key(&commit(), false, Some("d"), None), key(&base));
         assert_eq!(
-            build_key(&commit(), Some("d"), None),
-            build_key(&commit(), None, None),
+            build_key(&commit(), false, Some("d"), None),
+            build_key(&commit(), false, None, None),
             "a checkout is the whole tree"
         );
+        assert_ne!(
+            build_key(&commit(), true, None, None),
+            build_key(&commit(), false, None, None)
+        );
         let other = Commit::parse(&"0".repeat(40)).unwrap();
-        assert_ne!(build_key(&other, Some("d"), Some(&base)), key(&base));
+        assert_ne!(build_key(&other, false, Some("d"), Some(&base)), key(&base));
+    }
+
+    #[test]
+    fn a_directory_that_is_the_root_is_not_looked_for_in_the_commit() {
+        for root in [None, Some("."), Some("./")] {
+            assert_eq!(directory_check(&commit(), root, "/bin").unwrap(), "");
+        }
+        let check = directory_check(&commit(), Some("./it's/here"), "/usr/bin:/bin").unwrap();
+        let object = format!("'{}:it'\\''s/here'", commit());
+        assert!(
+            check.contains(&object) && check.ends_with(" || exit 125; ") && !check.contains('\n'),
+            "{check}"
+        );
+        assert_eq!(cache_place(None, "a/b"), PathBuf::from("a/b"));
+        assert_eq!(cache_place(Some("."), "a"), PathBuf::from("a"));
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub fn process_variables(env: &[EnvVar], process: &Process) -> BTreeMap<String, 
     env.iter()
         .chain(&process.env)
         .filter(|variable| !own(&variable.name))
-        .map(|EnvVar { name, value }| (name.clone(), value.clone()))
+        .map(|variable| (variable.name.clone(), variable.plain_value().to_owned()))
         .collect()
 }
 
@@ -104,14 +104,14 @@ fn service_text(spec: &ServiceSpec<'_>, port: Option<u16>) -> Result<String, Uni
     let ServiceSpec {
         app,
         process,
-        commit,
-        node,
         env_file,
-        tree,
         directory,
-        state,
-        user,
-        tool_path,
+        commit: _,
+        node: _,
+        tree: _,
+        state: _,
+        user: _,
+        tool_path: _,
         variables: _,
         port: _,
     } = *spec;
@@ -135,15 +135,10 @@ fn service_text(spec: &ServiceSpec<'_>, port: Option<u16>) -> Result<String, Uni
                 ProcessType::Notify => "notify".to_owned(),
             }),
         ),
-        Setting::new("User", Value::Text(user.to_owned())),
+        Setting::new("SyslogIdentifier", Value::Text(process.name.clone())),
         Setting::new("Restart", Value::Text("always".to_owned())),
         Setting::new("RestartSec", Value::Seconds(1)),
-        Setting::new("TimeoutStartSec", Value::Seconds(SERVICE_START_SECONDS)),
-        Setting::new("WorkingDirectory", Value::Text(APP_PATH.to_owned())),
-        Setting::new(
-            "BindReadOnlyPaths",
-            Value::Bind(path(tree)?, APP_PATH.to_owned()),
-        ),
+        Setting::new("TimeoutStartSec", Value::Seconds(start_seconds(process))),
     ];
     if process.process_type == ProcessType::Notify {
         settings.push(Setting::new("NotifyAccess", Value::Text("main".to_owned())));
@@ -156,22 +151,10 @@ fn service_text(spec: &ServiceSpec<'_>, port: Option<u16>) -> Result<String, Uni
         ]),
         seconds => settings.push(Setting::new("TimeoutStopSec", Value::Seconds(seconds))),
     }
-    if let Some(state) = state {
-        settings.push(Setting::new(
-            "BindPaths",
-            Value::Bind(path(state)?, STATE_PATH.to_owned()),
-        ));
-    }
-    settings.extend(service_limits(process)?);
-    settings.extend(jail::service_jail(process.sandbox.as_ref()));
+    settings.extend(surroundings(spec)?);
 
-    let mut assignments = vec![("PATH", tool_path), ("LANG", "C.UTF-8")];
     let port_text = port.map(|port| port.to_string()).unwrap_or_default();
-    let mut own = own_variables(process, commit, node, app, state.is_some());
-    if let Some(port) = &process.port {
-        own.push((&port.env, &port_text));
-    }
-    assignments.append(&mut own);
+    let assignments = assignments(spec, &port_text);
 
     let mut text = format!(
         "# Made by Kari and never edited: its name carries the digest of its content.\n\
@@ -206,8 +189,125 @@ fn service_text(spec: &ServiceSpec<'_>, port: Option<u16>) -> Result<String, Uni
     Ok(text)
 }
 
-/// Seconds in which a service must be executed, or have said READY=1.
+/// Who runs where, with what in sight and how much: of a process and of the commands that probe it.
+fn surroundings(spec: &ServiceSpec<'_>) -> Result<Vec<Setting>, UnitError> {
+    let process = spec.process;
+    let path = |path: &Path| {
+        quote::plain_path(path)
+            .map(str::to_owned)
+            .map_err(|source| UnitError::Quote {
+                place: format!("process {}", process.name),
+                source,
+            })
+    };
+    let mut settings = vec![
+        Setting::new("User", Value::Text(spec.user.to_owned())),
+        Setting::new("WorkingDirectory", Value::Text(APP_PATH.to_owned())),
+        Setting::new(
+            "BindReadOnlyPaths",
+            Value::Bind(path(spec.tree)?, APP_PATH.to_owned()),
+        ),
+    ];
+    if let Some(state) = spec.state {
+        settings.push(Setting::new(
+            "BindPaths",
+            Value::Bind(path(state)?, STATE_PATH.to_owned()),
+        ));
+    }
+    settings.extend(service_limits(process)?);
+    settings.extend(jail::service_jail(process.sandbox.as_ref()));
+    Ok(settings)
+}
+
+/// All variables that anybody on the node may read.
+fn assignments<'a>(spec: &ServiceSpec<'a>, port: &'a str) -> Vec<(&'a str, &'a str)> {
+    let mut assignments = vec![("PATH", spec.tool_path), ("LANG", "C.UTF-8")];
+    assignments.append(&mut own_variables(
+        spec.process,
+        spec.commit,
+        spec.node,
+        spec.app,
+        spec.state.is_some(),
+    ));
+    if let Some(variable) = &spec.process.port {
+        assignments.push((&variable.env, port));
+    }
+    assignments
+}
+
+/// A command that probes the service `unit` of `spec`, as properties of a transient unit: as the same
+/// user in the same jail, with its environment and its /tmp, ended after `timeout_seconds`.
+pub fn probe_properties(
+    spec: &ServiceSpec<'_>,
+    unit: &str,
+    command: &[String],
+    timeout_seconds: u32,
+) -> Result<Vec<Setting>, UnitError> {
+    let place = format!("the probe of process {}", spec.process.name);
+    let wrong = |source| UnitError::Quote {
+        place: place.clone(),
+        source,
+    };
+    quote::check_program(command).map_err(wrong)?;
+    let mut words = vec![
+        format!("--chdir={}", in_app(spec.directory)),
+        "--".to_owned(),
+    ];
+    words.extend_from_slice(command);
+    let port = spec.port.map(|port| port.to_string()).unwrap_or_default();
+    let environment = assignments(spec, &port)
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect();
+    let text = |text: &str| Value::Text(text.to_owned());
+
+    let mut settings = vec![
+        Setting::new("Description", Value::Text(format!("Kari: probe of {unit}"))),
+        // Stopped with the service, never the reason for its start.
+        Setting::new("PartOf", Value::Words(vec![unit.to_owned()])),
+        Setting::new("JoinsNamespaceOf", Value::Words(vec![unit.to_owned()])),
+        Setting::new("Type", text("oneshot")),
+        // It stays, with its result, until the agent has read it.
+        Setting::new("RemainAfterExit", Value::Switch(true)),
+        Setting::new("TimeoutStartSec", Value::Seconds(timeout_seconds)),
+        // At the deadline it is over.
+        Setting::new("KillSignal", Value::Signed(9)),
+        Setting::new("TimeoutStopSec", Value::Seconds(1)),
+        Setting::new(
+            "SyslogIdentifier",
+            Value::Text(format!("{}-probe", spec.process.name)),
+        ),
+        Setting::new("Environment", Value::Environment(environment)),
+        Setting::new(
+            "EnvironmentFile",
+            Value::EnvironmentFile(
+                quote::plain_path(spec.env_file)
+                    .map(str::to_owned)
+                    .map_err(wrong)?,
+            ),
+        ),
+    ];
+    settings.extend(surroundings(spec)?);
+    settings.push(Setting::new(
+        "ExecStart",
+        Value::Command(ENV_PROGRAM, quote::exec_arguments(&words).map_err(wrong)?),
+    ));
+    Ok(settings)
+}
+
+/// Seconds in which a service must be executed, or have said READY=1, unless its probe allows another time.
 const SERVICE_START_SECONDS: u32 = 90;
+
+/// What is not ready yet has the time that its probe's failures take, whichever way it says that it is.
+fn start_seconds(process: &Process) -> u32 {
+    match (&process.process_type, &process.readiness_probe) {
+        (ProcessType::Notify, Some(probe)) => probe
+            .period_seconds
+            .saturating_mul(probe.failure_threshold)
+            .saturating_add(probe.initial_delay_seconds),
+        (ProcessType::Notify, None) | (ProcessType::Simple, _) => SERVICE_START_SECONDS,
+    }
+}
 
 /// What Kari tells every process, and users cannot change: nothing that changes when the content does not.
 fn own_variables<'a>(
@@ -331,10 +431,7 @@ mod tests {
     }
 
     fn variable(name: &str, value: &str) -> EnvVar {
-        EnvVar {
-            name: name.to_owned(),
-            value: value.to_owned(),
-        }
+        EnvVar::plain(name, value)
     }
 
     fn service(
@@ -382,6 +479,7 @@ mod tests {
             "Type=notify",
             "NotifyAccess=main",
             "User=kari-50001",
+            "SyslogIdentifier=web",
             "Restart=always",
             "StartLimitIntervalSec=0",
             "TimeoutStopSec=7",

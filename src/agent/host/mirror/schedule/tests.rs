@@ -1,6 +1,8 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::agent::host::mirror::refs::Finding;
+use crate::api::names::Commit;
 
 fn app(name: &str) -> AppName {
     AppName::parse(name).unwrap_or_else(|e| panic!("{e}"))
@@ -16,6 +18,8 @@ fn want(url: &str, digit: char) -> Want {
         source,
         reference: None,
         commit: commit(digit),
+        base: None,
+        submodules: false,
     }
 }
 
@@ -28,7 +32,13 @@ fn seen(unit: Unit, held: &[(&str, char)]) -> Seen {
         unit,
         held: held
             .iter()
-            .map(|(name, digit)| (app(name), commit(*digit)))
+            .map(|(name, digit)| {
+                let held = Held {
+                    commit: commit(*digit),
+                    finding: None,
+                };
+                (app(name), held)
+            })
             .collect(),
     }
 }
@@ -104,6 +114,53 @@ fn a_commit_that_the_mirror_holds_needs_no_fetch() {
 }
 
 #[test]
+fn what_was_refused_is_not_fetched_again_before_something_else_is_wanted() {
+    let mut schedule = one(1);
+    let bound = Want {
+        base: Some(commit('b')),
+        ..want(A, 'a')
+    };
+    let shop = app("web.shop");
+    schedule.want(NOW, &shop, bound.clone(), "/m/a.git".into());
+    let refusal = Some((Reason::RewindRefused, String::new()));
+    let mut look = seen(Unit::Absent, &[("web.shop", 'a')]);
+    let here = look.held.get_mut(&shop).unwrap_or_else(|| panic!("held"));
+    // That the commit is there says nothing of its base.
+    assert_eq!(here.answer(&bound), None);
+    here.finding = Some(Finding::of(&bound, refusal));
+    schedule.take_in(NOW, 0.0, &key(A), look.clone());
+    match state(&schedule, "web.shop") {
+        Some(MirrorState::Refused(failure)) => {
+            assert_eq!(failure.reason, Reason::RewindRefused);
+            for word in ["aaaaaaa", "bbbbbbb", "allowRewind"] {
+                assert!(failure.message.contains(word), "{failure}");
+            }
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(schedule.next_start(), None);
+    assert_eq!(schedule.next_deadline(), None);
+
+    // Another base is another question.
+    let other = Want {
+        base: Some(commit('c')),
+        ..want(A, 'a')
+    };
+    schedule.want(NOW, &shop, other, "/m/a.git".into());
+    schedule.take_in(NOW, 0.0, &key(A), look.clone());
+    assert!(schedule.next_start().is_some());
+    schedule.take_in(NOW, 0.0, &key(A), seen(Unit::Absent, &[]));
+
+    // And none at all is none.
+    schedule.want(NOW, &shop, want(A, 'a'), "/m/a.git".into());
+    schedule.take_in(NOW, 0.0, &key(A), look);
+    assert!(matches!(
+        state(&schedule, "web.shop"),
+        Some(MirrorState::Ready { .. })
+    ));
+}
+
+#[test]
 fn mirrors_wait_for_a_slot_in_the_order_of_their_asking_and_see_their_place() {
     let mut schedule = one(1);
     schedule.want(NOW, &app("web.blog"), want(B, 'b'), "/m/b.git".into());
@@ -113,26 +170,34 @@ fn mirrors_wait_for_a_slot_in_the_order_of_their_asking_and_see_their_place() {
         want("https://h/c", 'c'),
         "/m/c.git".into(),
     );
-    for url in [B, A, "https://h/c"] {
+    // The order of the looks is none of it.
+    for url in ["https://h/c", B, A] {
         schedule.take_in(NOW, 0.0, &key(url), seen(Unit::Absent, &[]));
     }
-    assert_eq!(schedule.next_start().map(|start| start.key), Some(key(B)));
+    assert_eq!(schedule.next_start().map(|start| start.key), Some(key(A)));
     assert_eq!(schedule.next_start(), None);
     assert_eq!(
-        state(&schedule, "web.shop"),
+        state(&schedule, "web.blog"),
         Some(MirrorState::Queued { position: 1, of: 2 })
     );
     assert_eq!(
         state(&schedule, "web.wiki"),
         Some(MirrorState::Queued { position: 2, of: 2 })
     );
+    // Another namespace has its turn before the second of this one.
+    let other = "https://h/other";
+    schedule.want(NOW, &app("shop.web"), want(other, 'd'), "/m/o.git".into());
+    assert_eq!(
+        state(&schedule, "shop.web"),
+        Some(MirrorState::Queued { position: 2, of: 3 })
+    );
     schedule.take_in(
         NOW,
         0.0,
-        &key(B),
-        seen(ended("success", 0, ""), &[("web.blog", 'b')]),
+        &key(A),
+        seen(ended("success", 0, ""), &[("web.shop", 'a')]),
     );
-    assert_eq!(schedule.next_start().map(|start| start.key), Some(key(A)));
+    assert_eq!(schedule.next_start().map(|start| start.key), Some(key(B)));
 }
 
 #[test]
@@ -314,7 +379,7 @@ const URLS: [&str; 2] = [A, B];
 struct Node {
     running: BTreeMap<MirrorKey, Start>,
     ended: BTreeMap<MirrorKey, Unit>,
-    held: BTreeMap<MirrorKey, BTreeMap<AppName, Commit>>,
+    held: BTreeMap<MirrorKey, BTreeMap<AppName, Held>>,
 }
 
 impl Node {
@@ -361,7 +426,13 @@ impl Node {
         };
         if good {
             let held = self.held.entry(key.clone()).or_default();
-            held.extend(start.holds.into_iter().map(|hold| (hold.app, hold.commit)));
+            held.extend(start.holds.into_iter().map(|hold| {
+                let here = Held {
+                    commit: hold.want.commit,
+                    finding: None,
+                };
+                (hold.app, here)
+            }));
         }
         let unit = if good {
             ended("success", 0, "")

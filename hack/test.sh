@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Runs every test of the workspace, several test programs at a time: each spends
+# much of its time waiting for nodes. `cargo test` runs one after the other, with
+# the same result. Ends with 1 when one fails, after all have run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# Each program brings up a testbed of its own, of about 1 GiB of memory.
+readonly programs_at_once=${TEST_PROGRAMS_AT_ONCE:-3}
+# No program takes a quarter of it on an idle machine; beyond this one hangs.
+readonly longest_seconds=900
+
+# A node shows the machine's /var/tmp, and a test that compares what is on a node
+# knows by this name what is not of it.
+logs=$(mktemp -d /var/tmp/kari-testbed-logs.XXXXXX)
+trap 'rm -rf "$logs"' EXIT
+
+main() {
+    local list=$logs/list line begin=$SECONDS
+    programs >"$list"
+    while read -r line <&3; do
+        if (($(jobs -rp | wc -l) >= programs_at_once)); then
+            wait -n || true # its result is written down
+        fi
+        run_program "$line" 3<&- &
+    done 3<"$list"
+    wait
+    cargo test --workspace --locked --doc --quiet || echo "doc tests" >>"$logs/failed"
+    printf '==> %d test programs in %d s\n' "$(wc -l <"$list")" $((SECONDS - begin))
+    if [[ -e $logs/failed ]]; then
+        printf '==> failed: %s\n' "$(paste -sd , "$logs/failed")"
+        return 1
+    fi
+}
+
+# A line for each test program: its package's folder, a name for it, the program.
+# Those with a testbed are the long ones, and come first.
+programs() {
+    cargo test --workspace --locked --no-run --message-format=json-render-diagnostics | python3 -c '
+import json, os, sys
+found = []
+for line in sys.stdin:
+    message = json.loads(line)
+    if message.get("executable") and message.get("profile", {}).get("test"):
+        folder = os.path.dirname(message["manifest_path"])
+        kind = message["target"]["kind"][0]
+        found.append((kind != "test", message["target"]["name"], kind, folder, message["executable"]))
+for _, name, kind, folder, program in sorted(found):
+    print(folder, f"{name} ({kind})", program, sep="\t")
+'
+}
+
+run_program() {
+    local folder name program begin=$SECONDS status=0
+    IFS=$'\t' read -r folder name program <<<"$1"
+    (cd "$folder" && timeout "$longest_seconds" "$program") >"$logs/$name" 2>&1 </dev/null || status=$?
+    # One write, so that two programs that end together do not mix.
+    ((status == 0)) || echo "$name" >>"$logs/failed"
+    printf '%s\n' "==> $name ended with $status after $((SECONDS - begin)) s
+$(cat "$logs/$name")"
+}
+
+main

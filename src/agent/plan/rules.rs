@@ -9,12 +9,14 @@
 //! | fetch, disk and slot before a build | [`what_a_build_waits_for_is_told`], `tests::without_a_slot_nothing_is_built_…` |
 //! | a build: measured, recorded, stopped, sealed; run again without a result | [`a_build_is_recorded_before_it_is_let_go_and_run_again_when_it_left_nothing`] |
 //! | a build's failure: whose fault | [`a_build_that_fails_is_told_by_how_it_ended`] |
+//! | a rewind that is not allowed | [`a_commit_that_must_descend_from_the_running_one_is_shown_to_before_anything_comes_of_it`] |
+//! | surroundings | [`what_holds_an_attempt_up_is_told_with_where_it_is`], [`what_is_taken_back_waits_for_the_proxy_and_keeps_what_runs`], `tests::a_missing_tool_…`, `tests::a_proxy_that_is_down_…`, `tests::a_host_of_another_app_…` |
 //! | supersede | `tests::a_newer_wish_supersedes_…`, `tests::a_superseded_build_is_killed_…`, [`a_wish_that_cannot_be_carried_out_takes_back_what_was_tried`] |
 //! | undo, and its outcome on the disk | `tests::each_failure_before_the_commit_…`, `tests::going_back_after_a_failure_…` |
 //! | commit: completed before anything else | [`a_target_that_names_the_attempt_is_a_commit_whatever_is_wanted`] |
 //! | after the commit only a new wish changes the release | [`what_is_committed_is_put_right_and_never_changed`] |
 //! | the same decision said otherwise | [`what_changes_besides_the_release_is_written_down_and_nothing_else`] |
-//! | hold: no Release, no API, a spec that cannot be | `tests::the_absence_of_a_release_…`, `tests::a_spec_that_cannot_be_carried_out_…`, `tests::an_agent_killed_at_every_step_…` |
+//! | hold: no Release, no API, a spec that cannot be | `tests::the_absence_of_a_release_…`, `tests::a_spec_that_cannot_be_carried_out_…`, [`a_node_without_a_record_of_an_attempt_holds_what_it_has`], `tests::an_agent_killed_at_every_step_…` |
 //! | old processes: drained, stopped, collected | [`what_is_neither_committed_nor_tried_is_drained_stopped_and_removed`] |
 //! | ports | [`a_port_that_a_stranger_took_before_the_commit_is_chosen_anew`], `tests::a_port_that_a_stranger_took_…` |
 //! | recreate | `tests::a_recreate_…`, [`a_recreate_finds_its_way_around_a_taken_port_and_a_proxy_that_is_away`] |
@@ -121,7 +123,13 @@ fn what_a_build_waits_for_is_told() {
     let mut world = running(1);
     let observed = before(&mut world, draft(2), |s| matches!(s, Step::WantCommit));
     let failed = || failure(Reason::SourceUnavailable);
-    let rows: [(&str, Change, &[&str], Progress); 8] = [
+    let rows: [(&str, Change, &[&str], Progress); 9] = [
+        (
+            "the disk is full before the mirror was asked",
+            |o| o.host.disk_pressure = Some("m".into()),
+            &[],
+            Progress::HeldUp(Phase::Fetching, failure(Reason::DiskPressure)),
+        ),
         (
             "the mirror was not asked",
             |_| (),
@@ -190,7 +198,7 @@ fn what_a_build_waits_for_is_told() {
         assert_eq!(words(&plan), steps, "{row}");
         assert_eq!(plan.progress, progress, "{row}");
         // What no signal tells of is looked at again.
-        assert_eq!(plan.wake.is_some(), row == "the disk is full", "{row}");
+        assert_eq!(plan.wake.is_some(), row.contains("disk"), "{row}");
     }
 }
 
@@ -694,7 +702,146 @@ fn a_wish_that_cannot_be_carried_out_takes_back_what_was_tried() {
             assert_eq!(world.settle(), held, "after {steps} steps");
             world.check_settled();
             assert_eq!(world.serving(), target, "after {steps} steps");
+            // The wish that was taken back for it is tried anew when it comes back.
+            world.want(second);
+            assert_eq!(world.settle(), Progress::Idle, "after {steps} steps");
+            world.check_settled();
+            assert_eq!(world.serving(), Some(release_id(2)), "after {steps} steps");
         }
+    }
+}
+
+#[test]
+fn a_node_without_a_record_of_an_attempt_holds_what_it_has() {
+    let world = running(1);
+    let invalid = || Wanted::Invalid {
+        release_id: release_id(2),
+        failure: failure(Reason::InvalidSpec),
+    };
+    let held = || Progress::HeldUp(Phase::Pending, failure(Reason::InvalidSpec));
+    let rows: [(Wanted, &[&str], Progress); 4] = [
+        (Wanted::Unknown, &[], Progress::Idle),
+        (Wanted::Absent, &[], Progress::Idle),
+        (invalid(), &[], held()),
+        (Wanted::Orphan, &["WriteApplied"], Progress::Removing),
+    ];
+    for (wanted, steps, progress) in rows {
+        let observed = Observed {
+            wanted: wanted.clone(),
+            attempt: None,
+            ..world.observe()
+        };
+        let plan = plan(&observed);
+        assert_eq!(words(&plan), steps, "{wanted:?}");
+        assert_eq!(plan.progress, progress, "{wanted:?}");
+    }
+    // What is served is written down as committed, and not tried.
+    let observed = Observed {
+        attempt: None,
+        ..world.observe()
+    };
+    assert_eq!(words(&plan(&observed)), ["committed"]);
+}
+
+#[test]
+fn what_holds_an_attempt_up_is_told_with_where_it_is() {
+    fn hold_up(observed: &mut Observed) {
+        observed.held_up = Some(HeldUp {
+            failure: failure(Reason::ProxyUnavailable),
+            until: observed.now + Duration::from_secs(5),
+        });
+    }
+    let at = |step: fn(&Step) -> bool| before(&mut running(1), draft(2), step);
+    let rows = [
+        ("it builds", building(), Phase::Building),
+        (
+            "it starts",
+            at(|s| matches!(s, Step::StartUnits(_) | Step::WriteUnits(_))),
+            Phase::Starting,
+        ),
+        (
+            "it takes the traffic",
+            at(|s| matches!(s, Step::Publish(_))),
+            Phase::Switching,
+        ),
+    ];
+    for (row, mut observed, phase) in rows {
+        hold_up(&mut observed);
+        let until = observed.now + Duration::from_secs(5);
+        // The committed release's traffic waits with it, and is no step either.
+        if phase != Phase::Switching {
+            observed.host.virtual_host.in_force = None;
+        }
+        let held = plan(&observed);
+        assert_eq!(words(&held), [""; 0], "{row}");
+        let failure = failure(Reason::ProxyUnavailable);
+        assert_eq!(held.progress, Progress::HeldUp(phase, failure), "{row}");
+        assert_eq!(held.wake, Some(until), "{row}");
+        // And afterwards it goes on.
+        observed.now = until;
+        let on = plan(&observed);
+        assert!(
+            !matches!(on.progress, Progress::HeldUp(..)),
+            "{row}: {on:?}"
+        );
+    }
+}
+
+#[test]
+fn what_is_taken_back_waits_for_the_proxy_and_keeps_what_runs() {
+    let mut world = running(1);
+    world.fates.insert(2, Fate::CrashesBaking);
+    before(&mut world, draft(2), |s| matches!(s, Step::Publish(_)));
+    world.round(1);
+    world.proxy_down = true;
+    for _ in 0..60 {
+        if world.round(usize::MAX).1 == 0 {
+            world.pass_time(Duration::from_secs(1));
+        }
+    }
+    // Both run: requests may go to either as long as the proxy cannot be told.
+    let running = |world: &World| {
+        let services = world.observe().host.services;
+        let active = services.values().filter(|s| s.activity == Activity::Active);
+        active.count()
+    };
+    assert_eq!(running(&world), 4, "{}", world.log.join("\n"));
+    assert_eq!(world.serving(), Some(release_id(1)));
+    world.proxy_down = false;
+    assert!(matches!(world.settle(), Progress::Failed(_)));
+    world.check_settled();
+    assert_eq!(running(&world), 2);
+}
+
+#[test]
+fn a_commit_that_must_descend_from_the_running_one_is_shown_to_before_anything_comes_of_it() {
+    let mut bound = wish(draft(2));
+    bound.template.source.allow_rewind = false;
+    let mut world = running(1);
+    world.wanted = Wanted::Release(Box::new(bound));
+    world.round(1);
+    let rows: [(&str, Option<SourceView>, &[&str]); 4] = [
+        ("it was not looked for", None, &["WantCommit"]),
+        ("it is looked for", Some(SourceView::Fetching), &[]),
+        (
+            "it does not descend",
+            Some(SourceView::Failed(failure(Reason::RewindRefused))),
+            &[],
+        ),
+        ("it descends", Some(SourceView::Ready), &["ChooseProcesses"]),
+    ];
+    for (row, source, steps) in rows {
+        // Even where there is a tree of it, from a time when it was allowed.
+        let mut observed = world.observe();
+        let key = attempt(&mut observed).build_key.clone();
+        observed.host.trees.insert(key);
+        observed.host.source = source;
+        assert_eq!(words(&plan(&observed)), steps, "{row}");
+        // Without the rule, or where it is the running one, the tree will do.
+        let mut free = observed.clone();
+        attempt(&mut free).wish.template.source.allow_rewind = true;
+        free.wanted = Wanted::Unknown;
+        assert_eq!(words(&plan(&free)), ["ChooseProcesses"], "{row}");
     }
 }
 
@@ -900,14 +1047,15 @@ fn a_route_leads_to_its_process_and_is_measured_where_its_probe_looks() {
     let world = running(1);
     let port = world.committed().iter().find_map(|p| p.port).unwrap();
     let found = routes(&wish, &world).unwrap();
-    assert_eq!(found[0].measured_path, "/");
+    assert_eq!(found[0].probe_path, None);
     assert!(
         matches!(found[0].target, RouteTarget::Port { primary, backup: None } if primary == port)
     );
 
     wish.template.processes[0].readiness_probe =
         serde_json::from_value(serde_json::json!({"httpGet": {"path": "/healthz"}})).unwrap();
-    assert_eq!(routes(&wish, &world).unwrap()[0].measured_path, "/healthz");
+    let probed = routes(&wish, &world).unwrap()[0].probe_path.clone();
+    assert_eq!(probed.as_deref(), Some("/healthz"));
     // A process that has no port has nothing to lead to.
     assert!(matches!(
         routes(&wish, &World::new()).unwrap()[0].target,

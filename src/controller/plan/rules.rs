@@ -809,3 +809,16 @@ fn a_look_up_that_is_pending_or_failed_decides_as_the_last_answer_did() {
         "the rollout goes on with the commit that is known"
     );
 }
+
+#[test]
+fn a_commit_that_the_spec_names_needs_no_look_up() {
+    let mut world = World::deployed(1);
+    world.lose_source(Reason::SourceUnavailable);
+    let reference = serde_json::json!({"commit": "c".repeat(40)});
+    let source = world.spec().source.git.as_mut().unwrap();
+    source.reference = serde_json::from_value(reference).unwrap();
+    world.roll_out();
+    assert_eq!(world.served(), ["c"]);
+    let source = world.status().source.clone().unwrap();
+    assert_eq!(source.short_commit, "ccccccc");
+}

@@ -10,6 +10,7 @@
 //! them; without the API everything goes on but the reports.
 
 mod apply;
+mod claims;
 mod collect;
 pub mod control;
 mod guard;
@@ -190,6 +191,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         config.build_slots,
     ));
     resume_builds(&node).await?;
+    node.restore_claims();
     let (annotate, annotations) = latest::channel(BTreeMap::new());
     host_ready.open();
     info!(node = %config.node_name, systemd = systemd_version, limits = ?node.limits.by_name(), "the agent is up");

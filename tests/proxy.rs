@@ -68,17 +68,32 @@ fn router(name: &'static str) -> axum::Router {
     };
     let uploaded = Arc::new(tokio::sync::Notify::new());
     let waiting = Arc::clone(&uploaded);
-    let events = || async move {
-        let (sender, receiver) = futures::channel::mpsc::unbounded::<Result<Bytes, Infallible>>();
-        tokio::spawn(async move {
-            let _ = sender.unbounded_send(Ok(Bytes::from("data: begun\n\n")));
-            waiting.notified().await;
-            let _ = sender.unbounded_send(Ok(Bytes::from("data: uploaded\n\n")));
-        });
-        (
-            [("content-type", "text/event-stream")],
-            Body::from_stream(receiver),
-        )
+    let events = move || {
+        let waiting = Arc::clone(&waiting);
+        async move {
+            let (sender, receiver) =
+                futures::channel::mpsc::unbounded::<Result<Bytes, Infallible>>();
+            tokio::spawn(async move {
+                let _ = sender.unbounded_send(Ok(Bytes::from("data: begun\n\n")));
+                waiting.notified().await;
+                let _ = sender.unbounded_send(Ok(Bytes::from("data: uploaded\n\n")));
+            });
+            (
+                [("content-type", "text/event-stream")],
+                Body::from_stream(receiver),
+            )
+        }
+    };
+    let upload = move |mut body: Body| {
+        let uploaded = Arc::clone(&uploaded);
+        async move {
+            let mut length = 0;
+            while let Some(frame) = body.frame().await {
+                length += frame.unwrap().into_data().map_or(0, |data| data.len());
+            }
+            uploaded.notify_one();
+            length.to_string()
+        }
     };
     let headers = |request: axum::extract::Request| async move {
         let mut lines: Vec<_> = request
@@ -101,8 +116,8 @@ fn router(name: &'static str) -> axum::Router {
     };
     // The connection ends with what serves it.
     let broken = |request: axum::extract::Request| async move {
-        request.headers()["a header that no request has"]
-            .len()
+        request.headers()["a-header-that-no-request-has"]
+            .is_sensitive()
             .to_string()
     };
     let upgrade = |mut request: axum::extract::Request| async move {
@@ -128,18 +143,7 @@ fn router(name: &'static str) -> axum::Router {
         .route("/status/{code}", any(status))
         .route("/broken", get(broken))
         .fallback(uri)
-        .route(
-            "/upload",
-            post(move |body: Body| async move {
-                let mut length = 0;
-                let mut body = body;
-                while let Some(frame) = body.frame().await {
-                    length += frame.unwrap().into_data().map_or(0, |data| data.len());
-                }
-                uploaded.notify_one();
-                length.to_string()
-            }),
-        )
+        .route("/upload", post(upload))
 }
 
 /// A server on a runtime of its own: it dies with its connections.

@@ -17,7 +17,7 @@ use super::host::systemd::SystemdError;
 use super::host::unit::{self, BuildSpec, ServiceSpec, ServiceUnit, UnitError};
 use super::host::users::{AppUsers, UsersError};
 use super::memory::InForce;
-use super::node::{Node, lock, monotonic};
+use super::node::{Node, is_over, lock, monotonic};
 use super::observe::target_text;
 use super::plan::{self, Step};
 use super::view::{Health, Observed};
@@ -180,8 +180,10 @@ impl Apply<'_> {
             Step::WriteAttempt(record) => {
                 folder.create()?;
                 folder.write_attempt(&self.with_log(record).await)?;
+                if is_over(record) {
+                    node.release_hosts(app);
+                }
                 if record.outcome.is_some() {
-                    lock(&node.claims).remove(app);
                     node.withdraw(app);
                     lock(&memory).went_well();
                 }
@@ -229,8 +231,8 @@ impl Apply<'_> {
             Step::Publish(host) => self.publish(host).await?,
             Step::RemoveVirtualHost => {
                 let old = node.proxy.remove(app).await?;
-                lock(&node.claims).remove(app);
                 self.note_traffic(None, old);
+                node.release_hosts(app);
             }
             Step::BeginDrain => {
                 // A proxy that does not run has nothing under way.
@@ -266,7 +268,7 @@ impl Apply<'_> {
                 node.trash.notify_one();
                 node.held.notify_one();
                 node.withdraw(app);
-                lock(&node.claims).remove(app);
+                node.release_hosts(app);
                 let mut memory = lock(&memory);
                 let (wish, written) = (std::mem::take(&mut memory.wish), memory.written.take());
                 *memory = super::memory::Memory {

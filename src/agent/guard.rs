@@ -10,6 +10,7 @@ use tokio::sync::watch as latest;
 use tracing::{info, warn};
 
 use super::host::mirror::{MirrorError, SourceUrl};
+use super::host::proxy;
 use super::host::records::RecordedFailure;
 use super::host::store::{DiskReserve, LOG_LIMIT_BYTES, StoreError};
 use super::host::systemd::{ActiveState, UnitState};
@@ -29,6 +30,8 @@ const HASTE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How often what nothing on the node refers to is looked for.
 const COLLECT_INTERVAL: Duration = Duration::from_secs(600);
+/// From a signal of the proxy's unit to a look at it.
+const SETTLE_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Between two looks whether builds run.
 const IDLE_INTERVAL: Duration = Duration::from_secs(3);
@@ -43,20 +46,30 @@ pub async fn keep_node(
     systemd_version: String,
     interval: Duration,
 ) {
+    let mut was_up = true;
     loop {
         let proxy = match node.proxy.ensure().await {
-            Ok(()) => "ready".to_owned(),
+            Ok(()) => {
+                if !std::mem::replace(&mut was_up, true) {
+                    info!("the proxy is up again");
+                    node.proxy_is_back();
+                }
+                "ready".to_owned()
+            }
             Err(error) => {
+                was_up = false;
                 let message = error_chain(&error);
                 warn!("the proxy is not up: {message}");
                 message
             }
         };
         let again = tokio::time::Instant::now() + interval;
+        let mut change = std::pin::pin!(proxy_goes_or_comes(&node, was_up));
         loop {
             tell(&node, &annotate, &systemd_version, &proxy);
             tokio::select! {
                 () = tokio::time::sleep_until(again) => break,
+                () = &mut change => break,
                 () = node.held.notified() => {}
             }
         }
@@ -93,6 +106,28 @@ fn tell(
         }
         differs
     });
+}
+
+/// Waits until the proxy's unit is other than it was.
+async fn proxy_goes_or_comes(node: &Node, was_up: bool) {
+    loop {
+        node.proxy_changed.notified().await;
+        // A start and a reload are several signals each.
+        tokio::time::sleep(SETTLE_INTERVAL).await;
+        let is_up = match node.systemd.get_unit_state(proxy::UNIT).await {
+            Ok(state) => state.is_some_and(|state| {
+                matches!(
+                    state.active_state,
+                    ActiveState::Active | ActiveState::Reloading
+                )
+            }),
+            // The slow look finds it.
+            Err(_) => was_up,
+        };
+        if is_up != was_up {
+            return;
+        }
+    }
 }
 
 /// Deletes what lies in the trash, in a thread of its own.
@@ -199,7 +234,13 @@ pub async fn watch_disk(node: Arc<Node>) {
                 node.collect.notify_one();
             }
             Some(_) => {}
-            None => hastened = None,
+            None => {
+                if hastened.take().is_some() {
+                    info!("there is room on the disk again");
+                    node.collect.notify_one();
+                    node.wake_all();
+                }
+            }
         }
         if let Some(message) = disk.and_then(|disk| disk.severe_shortage(&DiskReserve::DEFAULT)) {
             stop_writers(&node, &builds, &message).await;

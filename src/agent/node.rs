@@ -1,7 +1,7 @@
 //! What all apps of a node share: its store, its systemd, its proxy, its mirrors
 //! and its slots.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,10 +12,12 @@ use kube::core::DeserializeGuard;
 use kube::runtime::reflector::{ObjectRef, Store as Reflected};
 use tokio::sync::{Notify, Semaphore};
 
+use super::claims::Claims;
 use super::host::limits::Limits;
 use super::host::mirror::Mirrors;
 use super::host::probe::exec::EXEC_SLOTS;
-use super::host::proxy::{HostName, Proxy};
+use super::host::proxy::{HostName, Proxy, ProxyError};
+use super::host::records::{AppliedRecord, AttemptRecord, Outcome};
 use super::host::store::{Store, UnitFiles};
 use super::host::systemd::Systemd;
 use super::host::users::Users;
@@ -25,6 +27,7 @@ use super::view::Wanted;
 use super::wanted::wanted;
 use crate::api::Release;
 use crate::api::names::{AppName, NodeName, release_name};
+use crate::api::reasons::Reason;
 use crate::runtime::supervise::Trigger;
 
 /// What all apps of a node share.
@@ -63,8 +66,9 @@ pub struct Node {
     pub probe_slots: Semaphore,
     /// One choice of ports at a time.
     pub choosing: tokio::sync::Mutex<()>,
-    /// Hosts that apps have claimed and may not have published yet.
-    pub claims: Mutex<BTreeMap<AppName, Vec<HostName>>>,
+    /// Something may have happened to the proxy.
+    pub proxy_changed: Notify,
+    claims: Mutex<Claims>,
     /// Something lies in the trash.
     pub trash: Notify,
     /// What nothing on the node refers to is to be looked for now.
@@ -111,7 +115,8 @@ impl Node {
             slots: Mutex::new(Slots::new(build_slots)),
             probe_slots: Semaphore::new(EXEC_SLOTS),
             choosing: tokio::sync::Mutex::new(()),
-            claims: Mutex::new(BTreeMap::new()),
+            proxy_changed: Notify::new(),
+            claims: Mutex::new(Claims::default()),
             trash: Notify::new(),
             collect: Notify::new(),
             short_of_room: AtomicBool::new(false),
@@ -129,7 +134,8 @@ impl Node {
     /// Forgets an app that is gone.
     pub fn forget(&self, app: &AppName) {
         lock(&self.memories).remove(app);
-        lock(&self.claims).remove(app);
+        self.release_hosts(app);
+        lock(&self.claims).withdraw(app);
         self.withdraw(app);
     }
 
@@ -197,28 +203,59 @@ impl Node {
         }
     }
 
-    /// Claims hosts for an app; those that another app serves or has claimed are given back, and then
-    /// nothing is claimed.
-    pub fn claim(
+    /// Claims the hosts of an attempt, and those of what it may have to go back to; those that another app
+    /// has are given back with it, and then nothing is claimed.
+    pub fn claim_hosts(
         &self,
-        app: &AppName,
-        hosts: &[HostName],
-        served: &BTreeMap<AppName, Vec<HostName>>,
-    ) -> Vec<(String, AppName)> {
+        attempt: &AttemptRecord,
+        applied: Option<&AppliedRecord>,
+    ) -> Result<Vec<(HostName, AppName)>, ProxyError> {
         let mut claims = lock(&self.claims);
-        let taken = |others: &BTreeMap<AppName, Vec<HostName>>| -> Vec<(String, AppName)> {
-            let conflicts = super::host::proxy::route_conflicts(app, hosts, others);
-            conflicts
-                .into_iter()
-                .map(|(host, other)| (host.to_string(), other.clone()))
-                .collect()
-        };
-        let mut conflicts = taken(served);
-        conflicts.extend(taken(&claims));
-        if conflicts.is_empty() {
-            claims.insert(app.clone(), hosts.to_vec());
+        // With the lock held: who gives a host up does so before, or sees that it is waited for.
+        let served = self.proxy.hosts()?;
+        Ok(claims.claim(&attempt.wish.app, hosts_of(attempt, applied), &served))
+    }
+
+    /// The app has no hosts but those it serves: wakes those who waited for others.
+    pub fn release_hosts(&self, app: &AppName) {
+        let waiting = lock(&self.claims).release(app);
+        for app in waiting {
+            self.trigger.wake(app);
         }
-        conflicts
+    }
+
+    /// Claims what attempts under way had claimed before the agent's start. To be called before any app is
+    /// looked at.
+    pub fn restore_claims(&self) {
+        for app in self.store.apps().unwrap_or_default() {
+            let folder = self.store.app(&app);
+            // What cannot be read is told by the app's own run, which does not get further either.
+            if let (Ok(Some(attempt)), Ok(applied)) = (folder.read_attempt(), folder.read_applied())
+                && !attempt.processes.is_empty()
+                && !is_over(&attempt)
+            {
+                lock(&self.claims).restore(&app, hosts_of(&attempt, applied.as_ref()));
+            }
+        }
+    }
+
+    /// The proxy is up again: who waited for it does not wait any longer.
+    pub fn proxy_is_back(&self) {
+        let memories: Vec<_> = lock(&self.memories)
+            .iter()
+            .map(|(app, memory)| (app.clone(), Arc::clone(memory)))
+            .collect();
+        for (app, memory) in memories {
+            let mut memory = lock(&memory);
+            if memory
+                .held_up
+                .as_ref()
+                .is_some_and(|held_up| held_up.failure.reason == Reason::ProxyUnavailable)
+            {
+                memory.went_well();
+                self.trigger.wake(app);
+            }
+        }
     }
 
     /// The file of an app's virtual host.
@@ -228,6 +265,29 @@ impl Node {
             .join("vhosts")
             .join(format!("{app}.conf"))
     }
+}
+
+/// Whether nothing of an attempt is left to be done or taken back.
+pub fn is_over(attempt: &AttemptRecord) -> bool {
+    match attempt.outcome {
+        None => false,
+        Some(Outcome::Committed { .. }) => true,
+        Some(Outcome::Failed { undone, .. } | Outcome::Superseded { undone, .. }) => undone,
+    }
+}
+
+/// The hosts of an attempt and of what is committed.
+fn hosts_of(attempt: &AttemptRecord, applied: Option<&AppliedRecord>) -> Vec<HostName> {
+    let committed = applied.and_then(|applied| applied.release.as_ref());
+    let templates = [&attempt.wish.template]
+        .into_iter()
+        .chain(committed.map(|release| &release.template));
+    templates
+        .flat_map(|template| &template.processes)
+        .filter_map(|process| process.route.as_ref())
+        .flat_map(|route| &route.hosts)
+        .filter_map(|host| HostName::parse(host).ok())
+        .collect()
 }
 
 /// A lock whose holder panicked still holds whole data: nothing here is changed half-way.

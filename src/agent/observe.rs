@@ -12,7 +12,7 @@ use super::host::jail::Setting;
 use super::host::mirror::MirrorState;
 use super::host::port::{self, PortError};
 use super::host::probe::{self, Action, Check, ProbeError, ProbeKind, exec};
-use super::host::proxy::{DRAIN_LIMIT, HostName, ProxyError};
+use super::host::proxy::{DRAIN_LIMIT, ProxyError};
 use super::host::records::{
     AppliedRecord, AttemptRecord, BuildKey, ProcessRecord, RecordedFailure,
 };
@@ -98,7 +98,7 @@ pub async fn observe(node: &Arc<Node>, app: &AppName) -> Result<Observed, Observ
     let slot = slot(node, app, &builds, may_build, source.as_ref());
     let conflicts = match trying {
         Some(attempt) if needs_tree.is_none() && attempt.processes.is_empty() => {
-            node.claim(app, &hosts_of(attempt), &node.proxy.hosts()?)
+            node.claim_hosts(attempt, applied.as_ref())?
         }
         Some(_) | None => vec![],
     };
@@ -169,17 +169,6 @@ fn trees(
         .iter()
         .map(|attempt| attempt.build_key.clone())
         .filter(|key| folder.has_build(key))
-        .collect()
-}
-
-fn hosts_of(attempt: &AttemptRecord) -> Vec<HostName> {
-    let processes = &attempt.wish.template.processes;
-    let routes = processes
-        .iter()
-        .filter_map(|process| process.route.as_ref());
-    routes
-        .flat_map(|route| &route.hosts)
-        .filter_map(|host| HostName::parse(host).ok())
         .collect()
 }
 

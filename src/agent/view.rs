@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::host::proxy::VirtualHost;
+use super::host::proxy::{HostName, VirtualHost};
 use super::host::records::{
     AppliedRecord, AttemptRecord, BuildKey, KeptRecord, RecordedFailure, StepResult, Wish,
 };
@@ -95,8 +95,8 @@ pub struct HostView {
     pub virtual_host: VirtualHostView,
     /// The proxy's workers of before the last change of the virtual host.
     pub drain: DrainView,
-    /// Hosts of the attempt that another app serves on this node, with that app.
-    pub conflicts: Vec<(String, AppName)>,
+    /// Hosts of the attempt that another app has on this node, with that app.
+    pub conflicts: Vec<(HostName, AppName)>,
     /// What the disk lacks, for people; nothing when it has its reserve.
     pub disk_pressure: Option<String>,
     /// Whether the app has a folder with more in it than state that was kept.

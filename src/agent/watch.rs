@@ -12,6 +12,7 @@ use notify::{EventKind, RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tracing::warn;
 
+use super::host::proxy;
 use super::host::systemd::HostEvent;
 use super::host::unit::{self, OwnUnit};
 use super::node::Node;
@@ -50,6 +51,7 @@ pub async fn releases(node: Arc<Node>, stream: impl Stream<Item = DeserializeGua
 pub async fn systemd(node: Arc<Node>, mut events: mpsc::Receiver<HostEvent>) {
     while let Some(event) = events.recv().await {
         match event {
+            HostEvent::Unit(name) if name == proxy::UNIT => node.proxy_changed.notify_one(),
             HostEvent::Unit(name) => wake_unit(&node, &name),
             HostEvent::Everything => {
                 node.mirrors.dirty();

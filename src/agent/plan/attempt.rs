@@ -7,7 +7,7 @@ use super::recreate::{BeforeSwitch, before_switch, make_way, recreates};
 use super::traffic::{Traffic, attempt_virtual_host, traffic};
 use super::{
     BUILD_TRIES, Plan, Progress, Step, build_unit, committed, failure, phase_of, record_commit,
-    unit_names, waiting,
+    taking_back, unit_names, waiting,
 };
 use crate::agent::host::records::{
     AttemptRecord, Outcome, ProcessRecord, RecordedFailure, StepResult,
@@ -102,7 +102,7 @@ impl Next {
         };
         Self {
             steps: vec![Step::WriteAttempt(Box::new(ended))],
-            progress: Progress::Failed(failure),
+            progress: taking_back(observed, attempt, &failure),
             wake: None,
         }
     }
@@ -276,17 +276,20 @@ const PRESSURE_INTERVAL: Duration = Duration::from_secs(15);
 /// There is a tree; units and ports have to be chosen.
 pub(super) fn choose(observed: &Observed, attempt: &AttemptRecord) -> Next {
     if let Some((host, app)) = observed.host.conflicts.first() {
+        let more = match observed.host.conflicts.len() {
+            1 => String::new(),
+            count => format!(" (and {} more)", count - 1),
+        };
         let message = format!(
-            "host {host} is served by {}/{} on this node: take it out of one of the two Deployments",
+            "host {host}{more} belongs to the Deployment {}/{} on this node: take it out of one of the two; this one goes on by itself when it is free",
             app.namespace(),
             app.name()
         );
-        let mut next = Next::wait(Progress::HeldUp(
+        // Who gives a host up wakes those that wait for it.
+        return Next::wait(Progress::HeldUp(
             Phase::Starting,
             failure(Reason::RouteConflict, message),
         ));
-        next.wake = Some(observed.now + PRESSURE_INTERVAL);
-        return next;
     }
     let applied: &[ProcessRecord] = committed(observed).map_or(&[], |release| &release.processes);
     let keep = applied

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::traffic::virtual_host;
 use super::{CRASH_LOOP_RESTARTS, Plan, Progress, Step, plan};
-use crate::agent::host::proxy::{RouteTarget, VirtualHost};
+use crate::agent::host::proxy::{HostName, RouteTarget, VirtualHost};
 use crate::agent::host::records::{
     AppliedRecord, AttemptRecord, BuildKey, ContentDigest, EnvDigest, KeptRecord, ProcessRecord,
     RECORD_VERSION, RecordedFailure, ReleaseRecord, StepResult, Wish,
@@ -383,7 +383,10 @@ impl World {
                     drain => drain,
                 },
                 conflicts: if self.conflict {
-                    vec![("shop.test".into(), AppName::new("web", "other").unwrap())]
+                    vec![(
+                        HostName::parse("shop.test").unwrap(),
+                        AppName::new("web", "other").unwrap(),
+                    )]
                 } else {
                     vec![]
                 },

@@ -31,7 +31,7 @@ use std::time::Duration;
 use super::simulation::{Draft, Fate, World, app, draft, release_id, wish};
 use super::traffic::virtual_host;
 use super::{BUILD_TRIES, Plan, Progress, Step, plan};
-use crate::agent::host::proxy::RouteTarget;
+use crate::agent::host::proxy::{HostName, RouteTarget};
 use crate::agent::host::records::{
     AttemptRecord, KeptRecord, Outcome, RECORD_VERSION, RecordedFailure, StepResult,
 };
@@ -530,7 +530,7 @@ fn what_is_committed_is_put_right_and_never_changed() {
         ),
         (
             "the host is another app's, says a conflict that comes too late",
-            |o| o.host.conflicts = vec![("shop.test".into(), app())],
+            |o| o.host.conflicts = vec![(HostName::parse("shop.test").unwrap(), app())],
             &[],
             0,
         ),

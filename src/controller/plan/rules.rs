@@ -437,8 +437,10 @@ fn an_idle_node_that_is_left_out_is_not_written_and_comes_back_by_itself() {
         let mut world = World::deployed(3);
         change(&mut world);
         let before = world.release("n2").resource_version.clone();
-        // Whether it would need a slot or not.
+        // Neither for what changes in place, nor for what needs a slot.
         world.spec().keep_releases = 7;
+        world.roll_out();
+        assert_eq!(world.release("n2").resource_version, before, "{row}");
         world.push('b');
         world.roll_out();
         assert_eq!(world.told(), ["b", "a", "b"], "{row}");

@@ -37,7 +37,7 @@ use crate::agent::host::records::{
 };
 use crate::agent::view::{
     Activity, BuildView, DrainView, FileView, Health, HeldUp, Observed, ServiceView, SlotView,
-    SourceView, TargetView, Wanted,
+    SourceView, Wanted,
 };
 use crate::api::names::RevisionName;
 use crate::api::reasons::Reason;
@@ -1063,18 +1063,4 @@ fn a_route_leads_to_its_process_and_is_measured_where_its_probe_looks() {
     ));
     wish.template.processes[0].route = None;
     assert_eq!(routes(&wish, &world), None);
-}
-
-#[test]
-fn a_target_that_is_not_the_apps_is_no_reason_to_do_anything_but_write_it() {
-    // The commit's own file is exempt from the rule that heals by a reload: it always looks stale.
-    let mut world = running(1);
-    world.restart_agent();
-    world.settle();
-    let mut observed = world.observe();
-    observed.host.target = Some(TargetView {
-        release_id: None,
-        units: vec!["other.service".into()],
-    });
-    assert_eq!(words(&plan(&observed)), ["WriteTarget"]);
 }

@@ -20,6 +20,10 @@ demo: build ## a control plane and three nodes here, a deployment, a second comm
 test: build ## every test, on a real control plane and real systemd nodes (as root)
 	@hack/test.sh
 
+.PHONY: coverage
+coverage: prerequisites ## which lines of the planners the unit tests reach, and which they do not
+	hack/coverage.sh
+
 .PHONY: check
 check: check-rust check-dependencies check-scripts check-generated ## formatting, lints, licences, generated files; what CI runs before the tests
 

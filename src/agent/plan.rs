@@ -20,6 +20,8 @@ mod keep;
 mod recreate;
 mod removal;
 #[cfg(test)]
+mod rules;
+#[cfg(test)]
 pub mod simulation;
 #[cfg(test)]
 mod tests;

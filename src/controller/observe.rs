@@ -435,3 +435,56 @@ where
 {
     ObjectRef::new(&key.name).within(&key.namespace)
 }
+
+#[cfg(test)]
+mod tests {
+    use kube::runtime::reflector::{self, store::Writer};
+    use kube::runtime::watcher::Event;
+    use prometheus_client::registry::Registry;
+
+    use super::*;
+    use crate::controller::source::SourceMetrics;
+    use crate::controller::testing::deployment_spec;
+    use crate::runtime::client::{self, ApiMetrics};
+    use crate::runtime::supervise::{Options, ReconcileMetrics, Supervisor};
+
+    #[tokio::test]
+    async fn nothing_is_decided_from_a_cache_that_does_not_show_the_last_status_yet() {
+        let (store, mut writer): (_, Writer<DeserializeGuard<Deployment>>) = reflector::store();
+        let caches = Caches::new(
+            store,
+            reflector::store().0,
+            reflector::store().0,
+            reflector::store().0,
+        );
+        let mut registry = Registry::default();
+        let metrics = Arc::new(ReconcileMetrics::new(&mut registry));
+        let trigger = Supervisor::new("test", Options::default(), metrics).1;
+        let sources = Sources::new(trigger.clone(), SourceMetrics::new(&mut registry));
+        // Nobody listens there, and nothing refers to anything.
+        let nobody = kube::Config::new("http://127.0.0.1:9".parse().unwrap());
+        let client = client::build(nobody, &ApiMetrics::new(&mut registry)).unwrap();
+        let references = References::new(client, trigger, &mut registry);
+        let key = Key {
+            namespace: "web".into(),
+            name: "shop".into(),
+        };
+        let mut shows = |version: &str| {
+            let mut object = Deployment::new("shop", deployment_spec());
+            object.metadata.namespace = Some("web".into());
+            object.metadata.resource_version = Some(version.into());
+            writer.apply_watcher_event(&Event::Apply(DeserializeGuard(Ok(object))));
+        };
+        let mut memory = Memory::default();
+        let observe =
+            |memory: &mut Memory| caches.observe(&key, memory, &sources, &references, false);
+
+        assert!(matches!(observe(&mut memory), Found::Nothing));
+        shows("1");
+        assert!(matches!(observe(&mut memory), Found::Observed(_)));
+        memory.wrote_status(&key, "1");
+        assert!(matches!(observe(&mut memory), Found::Behind));
+        shows("2");
+        assert!(matches!(observe(&mut memory), Found::Observed(_)));
+    }
+}

@@ -464,4 +464,6 @@ fn surplus(
 }
 
 #[cfg(test)]
+mod rules;
+#[cfg(test)]
 mod tests;

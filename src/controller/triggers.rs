@@ -295,3 +295,141 @@ fn renewal(object: &DeserializeGuard<Lease>) -> String {
     let spec = object.0.as_ref().ok().and_then(|lease| lease.spec.as_ref());
     format!("{:?}", spec.and_then(|spec| spec.renew_time.clone()))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use futures::channel::mpsc::unbounded;
+    use kube::runtime::reflector::{self, store::Writer};
+    use kube::runtime::watcher::Event;
+    use prometheus_client::registry::Registry;
+
+    use super::*;
+    use crate::controller::testing::deployment_spec;
+    use crate::runtime::supervise::{
+        Action, Options, ReconcileError, ReconcileMetrics, Retry, Supervisor,
+    };
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("never")]
+    struct Never;
+
+    impl ReconcileError for Never {
+        fn reason(&self) -> &'static str {
+            "Never"
+        }
+        fn retry(&self) -> Retry {
+            Retry::Never
+        }
+    }
+
+    /// A supervisor's trigger, and the keys that it was woken for.
+    fn woken(stop: &CancellationToken) -> (Trigger<Key>, Arc<Mutex<Vec<String>>>) {
+        let metrics = Arc::new(ReconcileMetrics::new(&mut Registry::default()));
+        let (supervisor, trigger) = Supervisor::new("test", Options::default(), metrics);
+        let keys = Arc::new(Mutex::new(Vec::new()));
+        let noted = Arc::clone(&keys);
+        tokio::spawn(supervisor.run(stop.clone(), move |key: Key| {
+            noted.lock().unwrap().push(key.to_string());
+            async { Ok::<_, Never>(Action::Done) }
+        }));
+        (trigger, keys)
+    }
+
+    fn deployment(version: &str, change: impl FnOnce(&mut Deployment)) -> Deployment {
+        let mut object = Deployment::new("shop", deployment_spec());
+        object.metadata.namespace = Some("web".into());
+        object.metadata.uid = Some("uid".into());
+        object.metadata.generation = Some(1);
+        object.metadata.resource_version = Some(version.into());
+        change(&mut object);
+        object
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_status_wakes_nothing_and_every_other_change_of_a_deployment_does() {
+        let stop = CancellationToken::new();
+        let (store, mut writer): (_, Writer<DeserializeGuard<Deployment>>) = reflector::store();
+        let caches = Caches::new(
+            store,
+            reflector::store().0,
+            reflector::store().0,
+            reflector::store().0,
+        );
+        let (trigger, keys) = woken(&stop);
+        let triggers = Triggers {
+            caches,
+            leases: reflector::store().0,
+            leases_listed: CancellationToken::new(),
+            deployment: trigger,
+            release: woken(&stop).0,
+        };
+        let (sender, stream) = unbounded();
+        tokio::spawn(triggers.watch_deployments(stream));
+
+        let annotate = |object: &mut Deployment| {
+            object
+                .annotations_mut()
+                .insert("kari.dev/retry".into(), "1".into());
+        };
+        let say = |object: &mut Deployment| {
+            object.status = Some(crate::api::DeploymentStatus::default());
+        };
+        let rows: [(&str, Event<Deployment>, bool); 7] = [
+            ("it is made", Event::Apply(deployment("1", |_| ())), true),
+            (
+                "its status is written",
+                Event::Apply(deployment("2", say)),
+                false,
+            ),
+            (
+                "it is told again",
+                Event::Apply(deployment("2", say)),
+                false,
+            ),
+            (
+                "its spec changes",
+                Event::Apply(deployment("3", |d| d.metadata.generation = Some(2))),
+                true,
+            ),
+            (
+                "it is annotated",
+                Event::Apply(deployment("4", |d| {
+                    d.metadata.generation = Some(2);
+                    annotate(d);
+                })),
+                true,
+            ),
+            (
+                "another of its name takes its place",
+                Event::Apply(deployment("5", |d| {
+                    d.metadata.generation = Some(2);
+                    d.metadata.uid = Some("other".into());
+                    annotate(d);
+                })),
+                true,
+            ),
+            (
+                "it is deleted",
+                Event::Delete(deployment("6", |_| ())),
+                true,
+            ),
+        ];
+        for (row, event, wakes) in rows {
+            let guard = |object| DeserializeGuard(Ok(object));
+            let (event, object) = match event {
+                Event::Apply(object) => (Event::Apply(guard(object.clone())), object),
+                Event::Delete(object) => (Event::Delete(guard(object.clone())), object),
+                Event::Init | Event::InitApply(_) | Event::InitDone => unreachable!("{row}"),
+            };
+            writer.apply_watcher_event(&event);
+            sender.unbounded_send(guard(object)).unwrap();
+            tokio::time::sleep(Duration::from_secs(60)).await;
+            let keys = std::mem::take(&mut *keys.lock().unwrap());
+            let expected: &[&str] = if wakes { &["web/shop"] } else { &[] };
+            assert_eq!(keys, expected, "{row}");
+        }
+        stop.cancel();
+    }
+}

@@ -357,6 +357,23 @@ mod tests {
     }
 
     #[test]
+    fn a_key_that_is_woken_all_the_time_is_not_put_off() {
+        let mut queue = Queue::new(1, BACKOFF);
+        let (mut runs, mut longest) = (0, Duration::ZERO);
+        // A wake each 200 ms for 5 min: a wait that each of them began anew would never end.
+        for turn in 0..1500 {
+            let now = Duration::from_millis(200 * turn);
+            queue.wake('a', now);
+            if let Some(start) = queue.start(now) {
+                longest = longest.max(start.waited);
+                queue.finish(&start.key, Outcome::After(seconds(30)), now, FULL);
+                runs += 1;
+            }
+        }
+        assert_eq!((runs, longest), (1500, Duration::ZERO));
+    }
+
+    #[test]
     fn many_wakes_of_a_running_key_are_one_further_run() {
         let mut queue = Queue::new(4, BACKOFF);
         queue.wake('a', seconds(0));

@@ -13,6 +13,12 @@ use std::time::{Duration, Instant};
 use futures::{Stream, StreamExt};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace};
+use kari::api::deployment::Progress;
+use kari::api::{Deployment, DeploymentStatus, Release};
+use kari::controller::apply::{Refused, apply};
+use kari::controller::observed::ObservedDeployment;
+use kari::controller::plan::Plan;
+use kari::controller::rollout::Step;
 use kari::runtime::client::{self, ApiMetrics};
 use kari::runtime::lease;
 use kari::runtime::node_lease::{self, NodeLeaseMetrics};
@@ -661,4 +667,226 @@ async fn a_node_lease_carries_its_annotations_and_tells_of_a_second_writer() {
         .await
         .expect("the heartbeat ignores the shutdown")
         .unwrap();
+}
+
+/// Defines the kinds, and makes a Deployment in the test's namespace; as the controller reads it.
+async fn deployment(ground: &Ground) -> ObservedDeployment {
+    static DEFINED: OnceCell<()> = OnceCell::const_new();
+    let define = async || {
+        let api = Api::all(ground.clean.clone());
+        for definition in kari::api::definitions::definitions().unwrap() {
+            let name = definition.name_any();
+            let parameters = PatchParams::apply("test").force();
+            api.patch(&name, &parameters, &Patch::Apply(&definition))
+                .await
+                .unwrap();
+            let established = kube::runtime::conditions::is_crd_established();
+            let waiting = kube::runtime::wait::await_condition(api.clone(), &name, established);
+            tokio::time::timeout(SOON, waiting)
+                .await
+                .unwrap_or_else(|_| panic!("{name} is not established after {SOON:?}"))
+                .unwrap();
+        }
+    };
+    DEFINED.get_or_init(define).await;
+    let object: Deployment = serde_json::from_value(json!({
+        "apiVersion": "kari.dev/v1alpha1", "kind": "Deployment", "metadata": {"name": "shop"},
+        "spec": {
+            "placement": {"nodeSelector": {}},
+            "source": {"git": {"url": "https://git.example.com/shop.git"}},
+            "processes": [{"name": "web", "command": ["./web"]}],
+        },
+    }))
+    .unwrap();
+    let created = deployments(ground)
+        .create(&PostParams::default(), &object)
+        .await
+        .unwrap();
+    observed(&created)
+}
+
+fn deployments(ground: &Ground) -> Api<Deployment> {
+    Api::namespaced(ground.clean.clone(), &ground.namespace)
+}
+
+fn observed(object: &Deployment) -> ObservedDeployment {
+    ObservedDeployment {
+        namespace: object.namespace().unwrap(),
+        name: object.name_any(),
+        uid: object.uid().unwrap(),
+        resource_version: object.resource_version().unwrap(),
+        generation: object.metadata.generation.unwrap(),
+        spec: object.spec.clone(),
+        status: object.status.clone().unwrap_or_default(),
+        requested_at: None,
+        retry: None,
+    }
+}
+
+fn decision(status: DeploymentStatus, steps: Vec<Step>) -> Plan {
+    Plan {
+        revision: None,
+        status,
+        steps,
+        giving_back: std::collections::BTreeSet::new(),
+        surplus: Vec::new(),
+        look_again: None,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_status_leaves_out_is_gone_and_the_same_status_is_not_written_again() {
+    let ground = ground("status").await;
+    let before = deployment(&ground).await;
+    let condition = |message: &str| {
+        json!({
+            "type": "Ready", "status": "False", "reason": "Progressing", "message": message,
+            "lastTransitionTime": "2020-01-01T00:00:00Z", "observedGeneration": 1,
+        })
+    };
+    let status =
+        |value: serde_json::Value| -> DeploymentStatus { serde_json::from_value(value).unwrap() };
+    let full = DeploymentStatus {
+        progress: Some(Progress {
+            deadline: Some("2020-01-01T00:00:00Z".to_owned()),
+            paused_at: Some("2020-01-01T00:00:00Z".to_owned()),
+        }),
+        ..status(json!({
+            "observedGeneration": 1, "conditions": [condition("n1: it builds")],
+            "revision": "shop-1", "lastGoodRevision": "shop-1", "active": ["n1"],
+            "blockedRevisions": [{"revision": "shop-1", "commit": "a", "node": "n1", "reason": "ProbeFailed", "message": "m"}],
+            "lastHandled": {"retry": "1"},
+        }))
+    };
+    let bare = status(json!({"observedGeneration": 1, "conditions": [condition("")]}));
+    let mut read = before;
+    for said in [&full, &bare, &full, &bare] {
+        let written = apply(&ground.clean, &read, &decision(said.clone(), vec![]))
+            .await
+            .unwrap();
+        assert!(written.status);
+        let stands = deployments(&ground).get("shop").await.unwrap();
+        assert_eq!(stands.status.as_ref(), Some(said));
+        read = observed(&stands);
+
+        let again = apply(&ground.clean, &read, &decision(said.clone(), vec![]))
+            .await
+            .unwrap();
+        assert!(!again.status);
+        let stands = deployments(&ground).get("shop").await.unwrap();
+        assert_eq!(
+            stands.resource_version(),
+            Some(read.resource_version.clone())
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_decision_on_what_has_changed_meanwhile_is_dropped() {
+    let ground = ground("stale").await;
+    let before = deployment(&ground).await;
+    let releases = Api::<Release>::namespaced(ground.clean.clone(), &ground.namespace);
+    let spec = |attempt: i64| {
+        let spec = serde_json::from_value(json!({
+            "nodeName": "n1", "deployment": "shop", "attempt": attempt,
+            "releaseId": format!("00000000-0000-5000-8000-{attempt:012}"),
+            "revision": "shop-1", "commit": "a".repeat(40),
+            "template": {
+                "source": {"url": "https://git.example.com/shop.git"},
+                "processes": [{"name": "web", "command": ["./web"]}],
+                "switch": "BlueGreen", "minReadySeconds": 5, "keepReleases": 2,
+            },
+        }));
+        Box::new(spec.unwrap())
+    };
+    let name = "shop-n1".to_owned();
+    let create = |attempt| Step::Create {
+        name: name.clone(),
+        spec: spec(attempt),
+        retry: None,
+    };
+    let stands = async || {
+        let release = releases.get(&name).await.unwrap();
+        let attempt = release.spec.attempt;
+        (
+            attempt,
+            release.uid().unwrap(),
+            release.resource_version().unwrap(),
+        )
+    };
+    let decide = async |read: &ObservedDeployment, step: Step| {
+        let plan = decision(read.status.clone(), vec![step]);
+        apply(&ground.clean, read, &plan).await.unwrap().dropped
+    };
+
+    // Two that both see no Release: one of them makes it.
+    let first = decision(before.status.clone(), vec![create(1)]);
+    let second = decision(before.status.clone(), vec![create(2)]);
+    let (first, second) = tokio::join!(
+        apply(&ground.clean, &before, &first),
+        apply(&ground.clean, &before, &second),
+    );
+    let dropped = [first.unwrap().dropped, second.unwrap().dropped];
+    assert!(dropped[0] != dropped[1], "{dropped:?}");
+    let (attempt, uid, version) = stands().await;
+    assert_eq!(attempt, if dropped[0] { 2 } else { 1 });
+
+    // What was read is what is changed, and once.
+    let update = |uid: &str, attempt| Step::Update {
+        name: name.clone(),
+        uid: uid.to_owned(),
+        resource_version: version.clone(),
+        spec: spec(attempt),
+        retry: None,
+    };
+    assert!(!decide(&before, update(&uid, 3)).await);
+    assert!(
+        decide(&before, update(&uid, 4)).await,
+        "an older version was written over"
+    );
+    let (attempt, _, newer) = stands().await;
+    assert_eq!(attempt, 3);
+
+    // Nor is another of its name changed, or deleted.
+    let other = "00000000-0000-4000-8000-000000000000";
+    let update_other = Step::Update {
+        name: name.clone(),
+        uid: other.to_owned(),
+        resource_version: newer.clone(),
+        spec: spec(5),
+        retry: None,
+    };
+    assert!(decide(&before, update_other).await);
+    for (uid, version) in [(other, &newer), (uid.as_str(), &version)] {
+        let delete = Step::Delete {
+            name: name.clone(),
+            uid: uid.to_owned(),
+            resource_version: version.clone(),
+        };
+        assert!(decide(&before, delete).await, "{uid} at {version}");
+    }
+    let (attempt, same, _) = stands().await;
+    assert_eq!((attempt, same), (3, uid.clone()));
+
+    // A status that was planned from an older version takes its Releases with it.
+    let status = DeploymentStatus {
+        active: vec!["n1".to_owned()],
+        ..before.status.clone()
+    };
+    let slot = decision(status.clone(), vec![]);
+    assert!(apply(&ground.clean, &before, &slot).await.unwrap().status);
+    let update = Step::Update {
+        name: name.clone(),
+        uid,
+        resource_version: newer,
+        spec: spec(6),
+        retry: None,
+    };
+    let other = DeploymentStatus {
+        active: vec!["n2".to_owned()],
+        ..before.status.clone()
+    };
+    let late = apply(&ground.clean, &before, &decision(other, vec![update])).await;
+    assert!(matches!(late, Err(Refused::Changed)), "{late:?}");
+    assert_eq!(stands().await.0, 3);
 }

@@ -10,7 +10,9 @@ readonly programs_at_once=${TEST_PROGRAMS_AT_ONCE:-3}
 # No program takes a quarter of it on an idle machine; beyond this one hangs.
 readonly longest_seconds=900
 
-logs=$(mktemp -d /var/tmp/kari-test.XXXXXX)
+# A node shows the machine's /var/tmp, and a test that compares what is on a node
+# knows by this name what is not of it.
+logs=$(mktemp -d /var/tmp/kari-testbed-logs.XXXXXX)
 trap 'rm -rf "$logs"' EXIT
 
 main() {

@@ -27,6 +27,16 @@ mod view;
 mod wanted;
 mod watch;
 
+/// What the simulation of both sides takes from this one.
+#[cfg(test)]
+pub(crate) mod testing {
+    pub use super::plan::plan;
+    pub use super::plan::simulation::{Fate, World};
+    pub use super::status::status;
+    pub use super::view::Wanted;
+    pub use super::wanted::wanted;
+}
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
@@ -205,7 +215,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
             watch::files(Arc::clone(&node), Path::new(UNIT_FOLDER)),
             mirrors.run(),
             guard::keep_node(Arc::clone(&node), annotate, systemd_version, KEEP_INTERVAL),
-            guard::watch_builds(Arc::clone(&node)),
+            guard::watch_disk(Arc::clone(&node)),
+            guard::collect_node(Arc::clone(&node)),
             guard::empty_trash(Arc::clone(&node)),
             control::listen(Arc::clone(&node)),
         )

@@ -23,7 +23,7 @@ pub mod rollout;
 pub mod source;
 pub mod status;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod triggers;
 
 use std::fmt;

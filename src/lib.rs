@@ -9,4 +9,6 @@ pub mod api;
 pub mod arguments;
 pub mod controller;
 pub mod runtime;
+#[cfg(test)]
+mod simulation;
 pub mod telemetry;

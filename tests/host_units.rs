@@ -252,7 +252,7 @@ impl App {
         let build: Build = serde_json::from_value(build).unwrap();
         let (mirror, commit) = self.mirror(files);
         let release_id = ReleaseId(Uuid::new_v4());
-        let key = unit::build_key(&commit, directory, Some(&build));
+        let key = unit::build_key(&commit, false, directory, Some(&build));
         let script = unit::build_script(&build).unwrap();
         let stage = self
             .folder
@@ -267,6 +267,7 @@ impl App {
             commit: &commit,
             mirror: &mirror,
             stage: &stage,
+            submodules: false,
             directory,
             build: Some(&build),
             caches: &[],

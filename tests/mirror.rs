@@ -87,6 +87,17 @@ impl Node {
     }
 
     fn want(&self, name: &str, url: &str, commit: &str) -> AppName {
+        self.want_more(name, url, commit, None, false)
+    }
+
+    fn want_more(
+        &self,
+        name: &str,
+        url: &str,
+        commit: &str,
+        base: Option<&str>,
+        submodules: bool,
+    ) -> AppName {
         let app = AppName::parse(name).unwrap();
         self.mirrors.want(
             &app,
@@ -94,9 +105,73 @@ impl Node {
                 source: SourceUrl::parse(url).unwrap(),
                 reference: Some("refs/heads/main".into()),
                 commit: Commit::parse(commit).unwrap(),
+                base: base.map(|base| Commit::parse(base).unwrap()),
+                submodules,
             },
         );
         app
+    }
+
+    async fn refusal(&self, app: &AppName) -> (Reason, String) {
+        self.until(app, "refused", |state| {
+            matches!(state, MirrorState::Refused(_))
+        })
+        .await;
+        match self.mirrors.state(app) {
+            Some(MirrorState::Refused(failure)) => {
+                println!("  {failure}");
+                (failure.reason, failure.message)
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Checks a commit out as a build does, and gives the folder.
+    async fn check_out(&self, app: &AppName, url: &str, commit: &str, submodules: bool) -> PathBuf {
+        let folder = self.store.app(app);
+        folder.create().unwrap();
+        let users = self.users.ensure_app(&folder).unwrap();
+        let commit = Commit::parse(commit).unwrap();
+        let release = ReleaseId(uuid::Uuid::new_v4());
+        let key = unit::build_key(&commit, submodules, None, None);
+        let stage = folder.create_stage(&key, 0, users.build.uid, None).unwrap();
+        let step = unit::build_step(&BuildSpec {
+            app,
+            commit: &commit,
+            mirror: &self.mirror(url),
+            stage: &stage,
+            submodules,
+            directory: None,
+            build: None,
+            caches: &[],
+            env_file: None,
+            user: &users.build.name,
+            tool_path: TOOL_PATH,
+            log: &folder.log(&release, "build"),
+        })
+        .unwrap();
+        let name = unit::build_unit_name(app, &release, 0);
+        let settings = unit::step_properties(&step).unwrap();
+        self.systemd
+            .start_transient(&name, &settings)
+            .await
+            .unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let result = loop {
+            let state = self.systemd.get_unit_state(&name).await.unwrap().unwrap();
+            if state.sub_state == "exited" || state.active_state.is_stopped() {
+                break state.step_result();
+            }
+            assert!(Instant::now() < deadline, "{state:?}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        };
+        let log = folder.log_tail(&release, "build").unwrap();
+        assert!(result.is_success(), "{result:?} {log:?}");
+        self.systemd
+            .stop_unit(&name, Duration::from_secs(10))
+            .await
+            .unwrap();
+        stage.source()
     }
 
     async fn until(&self, app: &AppName, what: &str, fits: impl Fn(&MirrorState) -> bool) {
@@ -306,56 +381,9 @@ async fn a_build_checks_out_of_the_mirror_that_another_user_owns() {
     let app = node.want("web.build", &url, &first);
     node.until_ready(&app).await;
 
-    let folder = node.store.app(&app);
-    folder.create().unwrap();
-    let users = node.users.ensure_app(&folder).unwrap();
-    let commit = Commit::parse(&first).unwrap();
-    let release = ReleaseId(uuid::Uuid::new_v4());
-    let stage = folder
-        .create_stage(
-            &unit::build_key(&commit, None, None),
-            0,
-            users.build.uid,
-            None,
-        )
-        .unwrap();
-    let step = unit::build_step(&BuildSpec {
-        app: &app,
-        commit: &commit,
-        mirror: &node.mirror(&url),
-        stage: &stage,
-        directory: None,
-        build: None,
-        caches: &[],
-        env_file: None,
-        user: &users.build.name,
-        tool_path: TOOL_PATH,
-        log: &folder.log(&release, "build"),
-    })
-    .unwrap();
-    let name = unit::build_unit_name(&app, &release, 0);
-    let settings = unit::step_properties(&step).unwrap();
-    node.systemd
-        .start_transient(&name, &settings)
-        .await
-        .unwrap();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    let result = loop {
-        let state = node.systemd.get_unit_state(&name).await.unwrap().unwrap();
-        if state.sub_state == "exited" || state.active_state.is_stopped() {
-            break state.step_result();
-        }
-        assert!(Instant::now() < deadline, "{state:?}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    };
-    let log = folder.log_tail(&release, "build").unwrap();
-    assert!(result.is_success(), "{result:?} {log:?}");
-    let inner = fs::read_to_string(stage.source().join("app/inner")).unwrap();
+    let tree = node.check_out(&app, &url, &first, false).await;
+    let inner = fs::read_to_string(tree.join("app/inner")).unwrap();
     assert_eq!(inner, "one\n");
-    node.systemd
-        .stop_unit(&name, Duration::from_secs(10))
-        .await
-        .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -519,4 +547,285 @@ async fn a_server_that_says_nothing_holds_one_slot_until_nobody_wants_it() {
     );
     assert_eq!(node.mirrors.state(&hung), None);
     drop(silent);
+}
+
+/// A commit on `main` with `.gitmodules` and links to commits, each `COMMIT PATH`.
+fn commit_links(name: &str, modules: &str, links: &[String]) -> String {
+    let folder = format!("/srv/git/{name}");
+    fs::write(format!("{folder}/.gitmodules"), modules).unwrap();
+    let links: String = links
+        .iter()
+        .map(|link| {
+            let link = link.replacen(' ', ",", 1);
+            format!("git update-index --add --cacheinfo '160000,{link}';")
+        })
+        .collect();
+    sh(&format!(
+        "cd {folder} && git add .gitmodules && {links} git commit -qm links && git rev-parse HEAD"
+    ))
+    .trim()
+    .to_owned()
+}
+
+fn module(path: &str, url: &str) -> String {
+    format!("[submodule \"{path}\"]\n\tpath = {path}\n\turl = {url}\n")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn submodules_and_theirs_come_into_the_mirror_and_are_checked_out() {
+    in_node!();
+    let node = Node::new(2).await;
+    let (_, _) = repository("grain");
+    let grain = commit("grain", "salt");
+    commit("grain", "sugar");
+    let (_, _) = repository("flour");
+    let flour = commit_links(
+        "flour",
+        &module("in/grain", "../grain"),
+        &[format!("{grain} in/grain")],
+    );
+    let (url, plain) = repository("bread");
+    let bread = commit_links(
+        "bread",
+        &(module("flour", "git://127.0.0.1/flour") + &module("more grain", "./../grain/")),
+        &[format!("{flour} flour"), format!("{grain} more grain")],
+    );
+    let _server = Server::start().await;
+
+    // Nobody who does not ask for them gets them.
+    let without = node.want("web.without", &url, &bread);
+    node.until_ready(&without).await;
+    let tree = node.check_out(&without, &url, &bread, false).await;
+    assert!(!tree.join("flour/file").exists());
+
+    let app = node.want_more("web.bread", &url, &bread, None, true);
+    node.until_ready(&app).await;
+    let tree = node.check_out(&app, &url, &bread, true).await;
+    let read = |path: &str| fs::read_to_string(tree.join(path)).unwrap_or_else(|e| e.to_string());
+    assert_eq!(
+        [
+            "file",
+            "flour/file",
+            "flour/in/grain/file",
+            "more grain/app/inner"
+        ]
+        .map(read),
+        ["one\n", "one\n", "salt\n", "salt\n"]
+    );
+    // One unit for it all, and none while nothing is missing.
+    assert_eq!(Node::starts(&url), 2);
+    let app = node.want_more("web.bread", &url, &plain, None, true);
+    node.until_ready(&app).await;
+
+    // A commit that a submodule's repository does not have is said to be missing there.
+    let absent = commit_links(
+        "bread",
+        &module("flour", "../flour"),
+        &["0".repeat(39) + "1 flour"],
+    );
+    let app = node.want_more("web.bread", &url, &absent, None, true);
+    let (reason, message) = node.failure(&app).await;
+    assert_eq!(reason, Reason::RefNotFound);
+    assert!(
+        message.contains("flour, git://127.0.0.1/flour"),
+        "{message}"
+    );
+    // It harms nobody else, and is over as soon as something else is wanted.
+    let other = node.want_more("web.other", &url, &bread, None, true);
+    let app = node.want_more("web.bread", &url, &bread, None, true);
+    node.until_ready(&app).await;
+    node.until_ready(&other).await;
+
+    for app in [&app, &other, &without] {
+        node.mirrors.release(app).await.unwrap();
+    }
+    assert!(!node.mirror(&url).exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn submodules_that_lead_astray_are_refused_with_their_place_and_nothing_is_run() {
+    in_node!();
+    let node = Node::new(2).await;
+    let (_, good) = repository("good");
+    let (url, _) = repository("astray");
+    let _server = Server::start().await;
+    let canary = "/srv/git/canary";
+    let link = |path: &str| format!("{good} {path}");
+    let lib = |url: &str| commit_links("astray", &module("lib", url), &[link("lib")]);
+    let clear = || {
+        sh("cd /srv/git/astray && git rm -q --cached -r . && git add file && rm -f .gitmodules");
+    };
+    let tree_with = |name: &str| {
+        sh(&format!(
+            "cd /srv/git/astray && blob=$(printf '[submodule \"x\"]\\npath = {name}\\nurl = ../good\\n' | git hash-object -w --stdin) \
+             && tree=$(printf '100644 blob %s\\t.gitmodules\\n160000 commit {good}\\t{name}\\n' $blob | git mktree --missing) \
+             && commit=$(git commit-tree -m odd $tree) && git update-ref refs/heads/odd $commit && echo $commit"
+        ))
+        .trim()
+        .to_owned()
+    };
+    let mut cases = vec![
+        ("..", "no place", tree_with("..")),
+        (".git", "no place", tree_with(".git")),
+        (".GIT", "no place", tree_with(".GIT")),
+        ("-dash", "no place", tree_with("-dash")),
+    ];
+    for (url, words) in [
+        ("file:///srv/git/good", "none of https"),
+        ("/srv/git/good", "none of https"),
+        ("ext::touch /srv/git/canary", "none of https"),
+        ("--upload-pack=touch /srv/git/canary", "none of https"),
+        ("-u/srv/git/canary", "none of https"),
+        (
+            "ssh://-oProxyCommand=touch$IFS/srv/git/canary/x",
+            "none of https",
+        ),
+        ("https://user:secret@h/x", "none of https"),
+        ("good", "none of https"),
+        ("../../../../..", "none of https"),
+        ("", "none of https"),
+    ] {
+        clear();
+        cases.push((url, words, lib(url)));
+    }
+    clear();
+    cases.push((
+        "nothing",
+        "not say where",
+        commit_links("astray", "", &[link("lib")]),
+    ));
+    clear();
+    cases.push((
+        "no text",
+        "not say where",
+        commit_links("astray", "[submodule", &[link("lib")]),
+    ));
+    clear();
+    cases.push((
+        "a link",
+        "symbolic link",
+        sh(&format!(
+            "cd /srv/git/astray && blob=$(printf file | git hash-object -w --stdin) \
+             && tree=$(printf '120000 blob %s\\t.gitmodules\\n160000 commit {good}\\tlib\\n' $blob | git mktree --missing) \
+             && commit=$(git commit-tree -m link $tree) && git update-ref refs/heads/link $commit && echo $commit"
+        ))
+        .trim()
+        .to_owned(),
+    ));
+    clear();
+    let many: Vec<_> = (0..257).map(|at| link(&format!("lib{at}"))).collect();
+    let modules: String = (0..257)
+        .map(|at| module(&format!("lib{at}"), "../good"))
+        .collect();
+    cases.push((
+        "many",
+        "more than 256",
+        commit_links("astray", &modules, &many),
+    ));
+    clear();
+    let mut deepest = good.clone();
+    for depth in 0..9 {
+        let name = format!("deep{depth}");
+        repository(&name);
+        let inner = if depth == 0 {
+            "good".to_owned()
+        } else {
+            format!("deep{}", depth - 1)
+        };
+        deepest = commit_links(
+            &name,
+            &module("l", &format!("../{inner}")),
+            &[format!("{deepest} l")],
+        );
+    }
+    cases.push((
+        "deep",
+        "8 deep",
+        commit_links(
+            "astray",
+            &module("l", "../deep8"),
+            &[format!("{deepest} l")],
+        ),
+    ));
+    for (case, words, commit) in &cases {
+        let app = node.want_more("web.astray", &url, commit, None, true);
+        let (reason, message) = node.refusal(&app).await;
+        assert_eq!(reason, Reason::InvalidSpec, "{case}");
+        assert!(message.contains(words), "{case}: {message}");
+        assert!(message.contains("source.git.submodules"), "{message}");
+        // Without them, the commit is like any other.
+        let app = node.want("web.astray", &url, commit);
+        node.until_ready(&app).await;
+    }
+    assert!(!Path::new(canary).exists());
+    println!("  {} cases", cases.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn history_is_fetched_only_as_far_as_it_is_asked_for() {
+    in_node!();
+    let node = Node::new(2).await;
+    let (url, first) = repository("long");
+    // A file that later commits do not have any more.
+    sh(
+        "cd /srv/git/long && head -c 4000000 /dev/urandom >large && git add large && git commit -qm large && git rm -q large && git commit -qm small",
+    );
+    sh("cd /srv/git/long && for at in $(seq 150); do git commit -q --allow-empty -m $at; done");
+    let tip = commit("long", "two");
+    let _server = Server::start().await;
+    let app = node.want("web.long", &url, &tip);
+    node.until_ready(&app).await;
+    let mirror = node.mirror(&url);
+    let kib = || -> u64 {
+        let text = sh(&format!("du -sk {} | cut -f1", mirror.display()));
+        text.trim().parse().unwrap()
+    };
+    let commits = |of: &str| {
+        sh(&format!(
+            "GIT_CONFIG_GLOBAL=/dev/null git -c safe.directory='*' --git-dir={} rev-list --count {of}",
+            mirror.display()
+        ))
+    };
+    println!("  one commit of 154: {} KiB", kib());
+    assert_eq!(commits(&tip).trim(), "1");
+    assert!(kib() < 1000, "{} KiB", kib());
+
+    // The next commit comes alone too, and descends from what is there.
+    let next = commit("long", "three");
+    let app = node.want_more("web.long", &url, &next, Some(&tip), false);
+    node.until_ready(&app).await;
+    assert!(kib() < 1000, "{} KiB", kib());
+
+    // From the first commit, which is 150 commits further than what is there.
+    let far = node.want_more("web.far", &url, &next, Some(&first), false);
+    node.until_ready(&far).await;
+
+    // What was pushed by force descends from its parent alone.
+    sh("cd /srv/git/long && git reset -q --hard HEAD~1");
+    let forced = commit("long", "instead");
+    let app = node.want_more("web.long", &url, &forced, Some(&next), false);
+    let (reason, message) = node.refusal(&app).await;
+    assert_eq!(reason, Reason::RewindRefused);
+    assert!(
+        message.contains(&next[..7]) && message.contains("allowRewind"),
+        "{message}"
+    );
+    let starts = Node::starts(&url);
+    // Others of the mirror go on; the refused one is not tried again meanwhile.
+    let other = node.want_more("web.other", &url, &forced, Some(&tip), false);
+    node.until_ready(&other).await;
+    assert_eq!(Node::starts(&url), starts + 1);
+    // A restarted agent finds the refusal there.
+    drop(node);
+    let node = Node::new(2).await;
+    let app = node.want_more("web.long", &url, &forced, Some(&next), false);
+    assert_eq!(node.refusal(&app).await.0, Reason::RewindRefused);
+    assert_eq!(Node::starts(&url), starts + 1);
+    let app = node.want("web.long", &url, &forced);
+    node.until_ready(&app).await;
+    assert_eq!(Node::starts(&url), starts + 1);
+    // A base that no repository has is none that anything descends from.
+    let nowhere = "1".repeat(40);
+    let app = node.want_more("web.long", &url, &forced, Some(&nowhere), false);
+    assert_eq!(node.refusal(&app).await.0, Reason::RewindRefused);
 }

@@ -266,11 +266,15 @@ async fn a_liveness_probe_that_always_fails_restarts_ever_later_and_the_deployme
         .testbed
         .logs("agent/n1".parse().expect("a part"))
         .expect("the agent's log");
-    let restarts = log
+    let restarts: Vec<jiff::Timestamp> = log
         .lines()
         .filter(|line| line.contains("that is not alive") && line.contains(&shop.space.namespace))
-        .count();
-    assert_eq!(restarts, 3, "each restart has its line in the log");
+        .filter_map(|line| line.split(['"', ' ']).find_map(|word| word.parse().ok()))
+        .collect();
+    assert_eq!(restarts.len(), 3, "each restart has its line in the log");
+    // Without a pause each would come as soon after the last as the probe fails.
+    let pauses = [1, 2].map(|at| restarts[at].duration_since(restarts[at - 1]).as_secs());
+    assert!(pauses[0] >= 10 && pauses[1] >= 20, "{pauses:?}");
 }
 
 #[tokio::test]

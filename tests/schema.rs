@@ -28,6 +28,8 @@ fn good() -> Value {
                 "url": "https://git.example.com/shop.git",
                 "ref": {"branch": "main"},
                 "directory": "services/shop",
+                "submodules": true,
+                "allowRewind": false,
                 "intervalSeconds": 60,
             }},
             "env": [{"name": "LOG", "value": "info"}, {"name": "LEVEL", "valueFrom": {"configMapKeyRef": {"name": "shop", "key": "level", "optional": true}}}],
@@ -653,8 +655,8 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
         ),
         (
             "a field that is not in the schema",
-            with("/spec/source/git/submodules", json!(true)),
-            "unknown field \"spec.source.git.submodules\"",
+            with("/spec/source/git/depth", json!(1)),
+            "unknown field \"spec.source.git.depth\"",
         ),
     ]
 }

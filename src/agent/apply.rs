@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::host::mirror::{MirrorError, MirrorState, SourceUrl, Want};
+use super::host::mirror::{MirrorError, MirrorState};
 use super::host::port::{self, PortError};
 use super::host::proxy::{DRAIN_LIMIT, OldWorkers, ProxyError, VirtualHost};
 use super::host::records::{
@@ -21,6 +21,7 @@ use super::node::{Node, is_over, lock, monotonic};
 use super::observe::target_text;
 use super::plan::{self, Step};
 use super::view::{Health, Observed};
+use super::wanted::source_want;
 use crate::api::deployment::Process;
 use crate::api::reasons::{Class, Reason};
 use crate::runtime::error_chain;
@@ -299,18 +300,12 @@ impl Apply<'_> {
     // ---- Build ------------------------------------------------------------
 
     fn want_commit(&self) -> Result<(), StepError> {
-        let source = &self.attempt()?.wish.template.source;
-        let commit = self.attempt()?.wish.commit.clone();
+        let applied = self.observed.applied.as_ref();
         self.require_tool("git")?;
-        let Ok(url) = SourceUrl::parse(&source.url) else {
+        let Some(want) = source_want(self.attempt()?, applied) else {
             return Err(StepError::Outdated(
                 "the url was valid when the wish was read",
             ));
-        };
-        let want = Want {
-            source: url,
-            reference: source.reference.clone(),
-            commit,
         };
         let memory = self.node.memory(&self.observed.app);
         self.node.mirrors.want(&self.observed.app, want.clone());
@@ -361,7 +356,9 @@ impl Apply<'_> {
         let directory = wish.template.source.directory.as_deref();
         let caches = self.open_caches(folder, users.build.uid).await?;
         let mut script = build.map(unit::build_script).transpose()?;
-        if let Some(script) = script.as_mut().filter(|_| !caches.is_empty()) {
+        // With submodules the directory may be in one of them, of which the commit alone does not tell.
+        let needs_check = !caches.is_empty() && !wish.template.source.submodules;
+        if let Some(script) = script.as_mut().filter(|_| needs_check) {
             let check = unit::directory_check(&wish.commit, directory, &node.tool_path)?;
             script.insert_str(0, &check);
         }
@@ -380,6 +377,7 @@ impl Apply<'_> {
             mirror: &mirror,
             stage: &stage,
             directory,
+            submodules: wish.template.source.submodules,
             build,
             caches: &caches,
             env_file: env_file.as_deref(),

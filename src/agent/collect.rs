@@ -77,11 +77,15 @@ fn caches(template: &Template) -> impl Iterator<Item = String> {
     build.flat_map(|build| build.cache_directories.iter().map(|path| cache_name(path)))
 }
 
-/// Moves what nothing refers to into the trash. How many things that were.
-pub fn collect(folder: &AppFolder) -> Result<usize, StoreError> {
+/// Moves what nothing refers to into the trash, and the caches too where the disk is short of room and no
+/// build uses them. How many things that were.
+pub fn collect(folder: &AppFolder, drop_caches: bool) -> Result<usize, StoreError> {
     let applied = folder.read_applied()?;
     let attempt = folder.read_attempt()?;
-    let references = references(applied.as_ref(), attempt.as_ref(), &folder.releases()?);
+    let mut references = references(applied.as_ref(), attempt.as_ref(), &folder.releases()?);
+    if drop_caches {
+        references.caches.clear();
+    }
     let garbage = garbage(&folder.contents()?, &references);
     for path in &garbage {
         folder.store().trash(&folder.path().join(path))?;
@@ -93,8 +97,9 @@ pub fn collect(folder: &AppFolder) -> Result<usize, StoreError> {
 mod tests {
     use super::*;
     use crate::agent::host::records::{AppliedRelease, BuildKey, Outcome, RECORD_VERSION};
+    use crate::agent::host::store::Store;
     use crate::agent::plan::simulation::{draft, wish};
-    use crate::api::names::RevisionName;
+    use crate::api::names::{AppName, RevisionName};
     use jiff::Timestamp;
 
     fn key(number: u8) -> BuildKey {
@@ -168,6 +173,48 @@ mod tests {
             [9, 8, 7, 4].map(key).into_iter().collect()
         );
         assert!(references.stages.is_empty());
+    }
+
+    #[test]
+    fn a_tree_that_two_revisions_share_is_kept_for_either() {
+        let mut releases: Vec<_> = [9, 8].map(release).into_iter().collect();
+        releases[1].build_key = key(9);
+        let mut attempt = attempt(9, None, &[]);
+        attempt.wish.template.keep_releases = 0;
+        // The newer runs, then the older: what the other had goes, the tree stays.
+        for running in [9, 8] {
+            let mut applied = applied(running);
+            if let Some(release) = &mut applied.release {
+                release.build_key = key(9);
+            }
+            let references = references(Some(&applied), Some(&attempt), &releases);
+            assert_eq!(references.builds, [key(9)].into(), "{running} runs");
+            assert_eq!(references.releases.len(), 1);
+        }
+    }
+
+    #[test]
+    fn caches_are_kept_while_a_build_names_them_and_go_first_where_there_is_no_room() {
+        let root = tempfile::tempdir().unwrap();
+        let store = Store::open(root.path()).unwrap();
+        let folder = store.app(&AppName::new("web", "shop").unwrap());
+        folder.create().unwrap();
+        let mut attempt = attempt(9, None, &[]);
+        attempt.wish.template.build = Some(
+            serde_json::from_value(
+                serde_json::json!({"run": "make", "cacheDirectories": ["target"]}),
+            )
+            .unwrap(),
+        );
+        folder.write_attempt(&attempt).unwrap();
+        for directory in ["target", "old"] {
+            folder.open_cache(directory, 0).unwrap();
+        }
+        let left = || folder.contents().unwrap().caches;
+        assert_eq!(collect(&folder, false).unwrap(), 1);
+        assert_eq!(left(), [cache_name("target")]);
+        assert_eq!(collect(&folder, true).unwrap(), 1);
+        assert_eq!(left(), Vec::<String>::new());
     }
 
     #[test]

@@ -1,19 +1,21 @@
 //! What looks after the node as a whole: its proxy, its disk while builds run,
 //! its trash, and what its Lease says of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::watch as latest;
 use tracing::{info, warn};
 
+use super::host::mirror::{MirrorError, SourceUrl};
 use super::host::proxy;
 use super::host::records::RecordedFailure;
-use super::host::store::{DiskReserve, LOG_LIMIT_BYTES};
+use super::host::store::{DiskReserve, LOG_LIMIT_BYTES, StoreError};
 use super::host::systemd::{ActiveState, UnitState};
 use super::host::unit::{self, OwnUnit};
-use super::node::Node;
+use super::node::{Node, monotonic};
 use super::{held_apps, note_killed};
 use crate::agent::apply::BUILD_STEP;
 use crate::api::names::{AppName, ReleaseId};
@@ -25,6 +27,12 @@ const DISK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// From a signal of the proxy's unit to a look at it.
 const SETTLE_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Between two times that what nothing refers to is looked for because the disk is short of room.
+const HASTE_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How often what nothing on the node refers to is looked for.
+const COLLECT_INTERVAL: Duration = Duration::from_secs(600);
 
 /// Between two looks whether builds run.
 const IDLE_INTERVAL: Duration = Duration::from_secs(3);
@@ -138,8 +146,71 @@ pub async fn empty_trash(node: Arc<Node>) {
     }
 }
 
-/// Kills builds that fill the disk: the youngest below half of the reserve, and one whose log floods.
-pub async fn watch_builds(node: Arc<Node>) {
+/// Looks for what nothing on the node refers to, beside what each app looks for itself: at the start, every now
+/// and then, and at once when the disk gets short of room.
+pub async fn collect_node(node: Arc<Node>) {
+    loop {
+        collect_users(&node).await;
+        if let Err(error) = collect_mirrors(&node).await {
+            warn!("mirrors cannot be collected: {error}");
+        }
+        node.trash.notify_one();
+        if let Err(error) = node.store.set_ballast() {
+            warn!(
+                "no room can be set aside for records: {}",
+                error_chain(&error)
+            );
+        }
+        let _ = tokio::time::timeout(COLLECT_INTERVAL, node.collect.notified()).await;
+    }
+}
+
+async fn collect_users(node: &Arc<Node>) {
+    let of = Arc::clone(node);
+    match tokio::task::spawn_blocking(move || of.users.remove_strays(&of.store)).await {
+        Ok(Ok(0)) => {}
+        Ok(Ok(count)) => info!(count, "took users of no app out of the user database"),
+        Ok(Err(error)) => warn!("users cannot be collected: {}", error_chain(&error)),
+        Err(error) => warn!("users cannot be collected: {error}"),
+    }
+}
+
+async fn collect_mirrors(node: &Node) -> Result<(), CollectError> {
+    let mut uses = BTreeSet::new();
+    for app in node.store.apps()? {
+        let folder = node.store.app(&app);
+        let applied = folder.read_applied()?.and_then(|applied| applied.release);
+        let applied = applied.map(|release| release.template.source.url);
+        let tried = folder.read_attempt()?;
+        let tried = tried.map(|attempt| attempt.wish.template.source.url);
+        let urls = applied.into_iter().chain(tried);
+        uses.extend(urls.filter_map(|url| Some((app.clone(), SourceUrl::parse(&url).ok()?))));
+    }
+    let dropped = node.mirrors.collect(&uses).await?;
+    if dropped > 0 {
+        info!(
+            count = dropped,
+            "moved mirrors that nobody uses into the trash"
+        );
+    }
+    Ok(node.mirrors.tidy().await?)
+}
+
+/// Why what nothing refers to was not looked for: nothing is thrown away on half of a picture.
+#[derive(Debug, thiserror::Error)]
+enum CollectError {
+    /// What apps have on record.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The mirrors.
+    #[error(transparent)]
+    Mirror(#[from] MirrorError),
+}
+
+/// Looks after the room on the disk. Where it lacks its reserve, what nothing refers to is looked for at once;
+/// below half of it the youngest build is killed, or else all fetches. A build whose log floods is killed too.
+pub async fn watch_disk(node: Arc<Node>) {
+    let mut hastened = None;
     loop {
         let builds = running_builds(&node).await;
         for (app, release_id, state) in &builds {
@@ -152,20 +223,22 @@ pub async fn watch_builds(node: Arc<Node>) {
                 kill(&node, app, &state.name, Reason::BuildFailed, message).await;
             }
         }
-        let shortage = node
-            .store
-            .disk()
-            .ok()
-            .and_then(|disk| disk.severe_shortage(&DiskReserve::DEFAULT));
-        if let (Some(message), Some((app, _, state))) = (shortage, builds.last()) {
-            kill(
-                &node,
-                app,
-                &state.name,
-                Reason::DiskPressure,
-                format!("{message}; the build was stopped"),
-            )
-            .await;
+        let disk = node.store.disk().ok();
+        let shortage = disk.and_then(|disk| disk.shortage(&DiskReserve::DEFAULT));
+        node.short_of_room
+            .store(shortage.is_some(), Ordering::Relaxed);
+        match &shortage {
+            Some(message) if hastened.is_none_or(|last| monotonic() >= last + HASTE_INTERVAL) => {
+                warn!("{message}; what nothing refers to is looked for");
+                hastened = Some(monotonic());
+                node.hasten_collection();
+                node.collect.notify_one();
+            }
+            Some(_) => {}
+            None => hastened = None,
+        }
+        if let Some(message) = disk.and_then(|disk| disk.severe_shortage(&DiskReserve::DEFAULT)) {
+            stop_writers(&node, &builds, &message).await;
         }
         tokio::time::sleep(if builds.is_empty() {
             IDLE_INTERVAL
@@ -173,6 +246,22 @@ pub async fn watch_builds(node: Arc<Node>) {
             DISK_INTERVAL
         })
         .await;
+    }
+}
+
+async fn stop_writers(node: &Node, builds: &[(AppName, ReleaseId, UnitState)], message: &str) {
+    if let Some((app, _, state)) = builds.last() {
+        let message = format!("{message}; the build was stopped");
+        kill(node, app, &state.name, Reason::DiskPressure, message).await;
+        return;
+    }
+    let fetches = node.systemd.list_units(&[unit::FETCH_PATTERN]).await;
+    for fetch in fetches.unwrap_or_default() {
+        if fetch.active_state == ActiveState::Activating {
+            info!(unit = fetch.name, "killing a fetch: {message}");
+            // One that has ended meanwhile is as good as killed.
+            let _ = node.systemd.kill_unit(&fetch.name, SIGKILL).await;
+        }
     }
 }
 

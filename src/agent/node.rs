@@ -71,6 +71,10 @@ pub struct Node {
     claims: Mutex<Claims>,
     /// Something lies in the trash.
     pub trash: Notify,
+    /// What nothing on the node refers to is to be looked for now.
+    pub collect: Notify,
+    /// Whether the disk lacks its reserve.
+    pub short_of_room: AtomicBool,
     /// The Releases have changed, and with them perhaps which apps are held without one.
     pub held: Notify,
     /// Apps that root on the node wants away, and that no Release held when that was asked.
@@ -114,6 +118,8 @@ impl Node {
             proxy_changed: Notify::new(),
             claims: Mutex::new(Claims::default()),
             trash: Notify::new(),
+            collect: Notify::new(),
+            short_of_room: AtomicBool::new(false),
             held: Notify::new(),
             unwanted: Mutex::default(),
             memories: Mutex::new(HashMap::new()),
@@ -172,6 +178,19 @@ impl Node {
     /// Wakes every app.
     pub fn wake_all(&self) {
         for app in self.apps() {
+            self.trigger.wake(app);
+        }
+    }
+
+    /// Whether the disk lacked its reserve when it was last looked at.
+    pub fn is_short_of_room(&self) -> bool {
+        self.short_of_room.load(Ordering::Relaxed)
+    }
+
+    /// Has every app look for what nothing refers to, whenever it last did.
+    pub fn hasten_collection(&self) {
+        for app in self.apps() {
+            lock(&self.memory(&app)).collected = None;
             self.trigger.wake(app);
         }
     }

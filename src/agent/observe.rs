@@ -27,6 +27,7 @@ use super::view::{
     Activity, BuildView, DrainView, FileView, Health, HostView, Observed, ServiceView, SlotView,
     SourceView, TargetView, VirtualHostView, Wanted,
 };
+use super::wanted::{rewind_base, source_want};
 use crate::api::deployment::Process;
 use crate::api::names::{AppName, Commit, ReleaseId};
 use crate::api::release::Template;
@@ -72,11 +73,23 @@ pub async fn observe(node: &Arc<Node>, app: &AppName) -> Result<Observed, Observ
     };
     let trying = attempt.as_ref().filter(|attempt| attempt.outcome.is_none());
     let needs_tree = trying.filter(|attempt| !folder.has_build(&attempt.build_key));
-    let source = source(node, app, &memory, needs_tree);
+    let needs_source = trying.filter(|attempt| {
+        let is_bound = rewind_base(attempt, applied.as_ref()).is_some();
+        needs_tree.is_some() || (is_bound && attempt.processes.is_empty())
+    });
     let disk_pressure = match needs_tree {
         Some(_) => node.store.disk()?.shortage(&DiskReserve::DEFAULT),
         None => None,
     };
+    let may_fetch = disk_pressure.is_none();
+    let source = source(
+        node,
+        app,
+        &memory,
+        needs_source,
+        applied.as_ref(),
+        may_fetch,
+    );
     let is_held_up = lock(&memory)
         .held_up
         .as_ref()
@@ -240,6 +253,8 @@ fn source(
     app: &AppName,
     memory: &Mutex<Memory>,
     attempt: Option<&AttemptRecord>,
+    applied: Option<&AppliedRecord>,
+    may_fetch: bool,
 ) -> Option<SourceView> {
     let want = lock(memory).want.clone();
     let Some(attempt) = attempt else {
@@ -249,14 +264,17 @@ fn source(
         }
         return None;
     };
-    let current = want.filter(|want| {
-        want.commit == attempt.wish.commit
-            && want.source.as_str() == attempt.wish.template.source.url
-            && want.reference == attempt.wish.template.source.reference
-    });
-    current?;
+    if want.is_none() || want != source_want(attempt, applied) {
+        return None;
+    }
     let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
     Some(match node.mirrors.state(app)? {
+        // It would begin by itself.
+        MirrorState::Queued { .. } | MirrorState::Failed { .. } if !may_fetch => {
+            lock(memory).want = None;
+            node.mirrors.unwant(app);
+            return None;
+        }
         MirrorState::Ready { mirror: _ } => SourceView::Ready,
         MirrorState::Queued { position, of } => SourceView::Queued {
             position: number(position),
@@ -266,7 +284,8 @@ fn source(
         MirrorState::Failed {
             failure,
             retry_in: _,
-        } => SourceView::Failed(RecordedFailure {
+        }
+        | MirrorState::Refused(failure) => SourceView::Failed(RecordedFailure {
             reason: failure.reason,
             message: failure.message,
             log_tail: None,

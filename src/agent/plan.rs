@@ -20,7 +20,7 @@ mod keep;
 mod recreate;
 mod removal;
 #[cfg(test)]
-pub(super) mod simulation;
+pub mod simulation;
 #[cfg(test)]
 mod tests;
 mod traffic;
@@ -256,6 +256,7 @@ enum Newer<'a> {
 fn begin(observed: &Observed, wish: &Wish) -> Plan {
     let build_key = unit::build_key(
         &wish.commit,
+        wish.template.source.submodules,
         wish.template.source.directory.as_deref(),
         wish.template.build.as_ref(),
     );

@@ -157,13 +157,16 @@ async fn settle(node: &Arc<Node>, observed: &Observed, plan: &Plan) -> Result<Ac
     let memory = node.memory(app);
     let is_quiet =
         matches!(plan.progress, Progress::Idle | Progress::Failed(_)) && observed.host.has_files;
+    // Without room an attempt may never end by itself.
+    let is_pressed = node.is_short_of_room() && observed.host.has_files;
     let due = lock(&memory)
         .collected
         .is_none_or(|last| observed.now >= last + COLLECT_INTERVAL);
-    if is_quiet && due {
+    if (is_quiet || is_pressed) && due {
         lock(&memory).collected = Some(observed.now);
         let folder = node.store.app(app);
-        let collected = tokio::task::spawn_blocking(move || collect(&folder)).await;
+        let drop_caches = is_pressed && observed.host.builds.is_empty();
+        let collected = tokio::task::spawn_blocking(move || collect(&folder, drop_caches)).await;
         match collected {
             Ok(Ok(0)) => {}
             Ok(Ok(count)) => {
@@ -173,7 +176,7 @@ async fn settle(node: &Arc<Node>, observed: &Observed, plan: &Plan) -> Result<Ac
             Ok(Err(error)) => return Err(AppError::Collect(error)),
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         }
-    } else if !is_quiet {
+    } else if !is_quiet && !is_pressed {
         // What the attempt leaves behind is looked for when it has ended.
         lock(&memory).collected = None;
     }

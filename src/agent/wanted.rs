@@ -6,9 +6,9 @@ use std::collections::BTreeSet;
 use kube::core::DeserializeGuard;
 use kube::{Resource, ResourceExt};
 
-use super::host::mirror::SourceUrl;
+use super::host::mirror::{SourceUrl, Want};
 use super::host::proxy::{HostName, RoutePath};
-use super::host::records::{RecordedFailure, Wish};
+use super::host::records::{AppliedRecord, AttemptRecord, RecordedFailure, Wish};
 use super::view::Wanted;
 use crate::api::Release;
 use crate::api::deployment::DeletionPolicy;
@@ -111,6 +111,30 @@ fn wish(release: &Release) -> Result<Wish, String> {
             .map(|revision| RevisionName::new(revision.clone()))
             .collect(),
     })
+}
+
+/// What the mirror is asked for; nothing where the url is none, which no wish has.
+pub fn source_want(attempt: &AttemptRecord, applied: Option<&AppliedRecord>) -> Option<Want> {
+    let Wish {
+        commit, template, ..
+    } = &attempt.wish;
+    Some(Want {
+        source: SourceUrl::parse(&template.source.url).ok()?,
+        reference: template.source.reference.clone(),
+        commit: commit.clone(),
+        base: rewind_base(attempt, applied).cloned(),
+        submodules: template.source.submodules,
+    })
+}
+
+/// The commit that the attempt's must descend from; nothing where any will do.
+pub fn rewind_base<'a>(
+    attempt: &AttemptRecord,
+    applied: Option<&'a AppliedRecord>,
+) -> Option<&'a Commit> {
+    let running = &applied?.release.as_ref()?.commit;
+    let is_bound = !attempt.wish.template.source.allow_rewind && *running != attempt.wish.commit;
+    is_bound.then_some(running)
 }
 
 /// The proxy takes host names and paths as they are, and each path of a host once.

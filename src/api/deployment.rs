@@ -185,10 +185,24 @@ pub struct GitSource {
     #[schemars(length(min = 1, max = 512), regex(pattern = r"^[^\x00-\x1f\x7f]+$"))]
     #[x_kube(validation = ("!self.contains('//') && !self.startsWith('/') && !self.split('/').exists(p, p == '..')", "must be a relative path without '..' parts"))]
     pub directory: Option<String>,
+    /// Check out the submodules of the commit too, and theirs: at most 256, 8 deep, by https or ssh, and by
+    /// http or git only where `url` is of these itself. Relative urls are resolved against the parent's.
+    #[serde(default)]
+    pub submodules: bool,
+    /// Whether a node may change to a commit that does not descend from the one that it runs, as after a
+    /// force push. Where it may not, the node keeps what it runs and says `RewindRefused`. A first
+    /// installation has nothing to compare with.
+    #[serde(default = "default_allow_rewind")]
+    pub allow_rewind: bool,
     /// Seconds between two looks at the repository, with up to 10 % of jitter.
     #[serde(default = "default_interval_seconds")]
     #[schemars(range(min = 10, max = 86400))]
     pub interval_seconds: u32,
+}
+
+/// Force pushes are followed unless the spec says otherwise.
+pub(super) fn default_allow_rewind() -> bool {
+    true
 }
 
 fn default_interval_seconds() -> u32 {

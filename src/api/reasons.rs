@@ -106,6 +106,8 @@ reasons! {
     RouteConflict => Invalid,
     /// The administrator does not allow it.
     PolicyDenied => Invalid,
+    /// The commit does not descend from the one that runs, and `source.git.allowRewind` is false.
+    RewindRefused => Invalid,
     /// No node matches the placement.
     NoMatchingNodes => Invalid,
 

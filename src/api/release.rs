@@ -157,6 +157,12 @@ pub struct TemplateSource {
     /// The folder that is built and run from, relative to the root.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub directory: Option<String>,
+    /// Whether submodules are checked out.
+    #[serde(default)]
+    pub submodules: bool,
+    /// Whether the commit need not descend from the one that runs.
+    #[serde(default = "super::deployment::default_allow_rewind")]
+    pub allow_rewind: bool,
 }
 
 /// What the node's agent has seen and done.

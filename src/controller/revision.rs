@@ -1,6 +1,6 @@
 //! The history: what makes a revision, what it is called, and which ones are kept. Pure.
 //!
-//! Invariant: same content, same name. Content is the commit, the directory, the build, the variables
+//! Invariant: same content, same name. Content is the commit, its submodules, the directory, the build, the variables
 //! and the processes; not the url, the interval, the placement, the strategy or the retention, which
 //! change a Release in place.
 
@@ -87,6 +87,8 @@ pub fn render(
             url: source.url.clone(),
             reference,
             directory: source.directory.clone(),
+            submodules: source.submodules,
+            allow_rewind: source.allow_rewind,
         },
         build: spec.build.clone().map(|build| Build {
             env: build_env,
@@ -153,6 +155,8 @@ fn content(data: &RevisionData) -> Vec<u8> {
                 url: _,
                 reference: _,
                 directory,
+                submodules,
+                allow_rewind: _,
             },
         build,
         env,
@@ -165,6 +169,7 @@ fn content(data: &RevisionData) -> Vec<u8> {
     let value = json!({
         "commit": commit,
         "directory": directory,
+        "submodules": submodules,
         "build": build,
         "env": env,
         "processes": processes,
@@ -268,11 +273,12 @@ mod tests {
         assert!(plain.as_str().starts_with("shop-"), "{plain}");
         assert_eq!(plain.as_str().len(), "shop-".len() + 10);
         type Change = fn(&mut RevisionData);
-        let same: [(&str, Change); 5] = [
+        let same: [(&str, Change); 6] = [
             ("url", |d| {
                 d.template.source.url = "https://b.example/x".into()
             }),
             ("reference", |d| d.template.source.reference = None),
+            ("allowRewind", |d| d.template.source.allow_rewind = false),
             ("minReadySeconds", |d| d.template.min_ready_seconds = 77),
             ("keepReleases", |d| d.template.keep_releases = 9),
             ("nothing", |_| ()),
@@ -280,11 +286,12 @@ mod tests {
         for (case, change) in same {
             assert_eq!(name("shop", &data(change), &[]), plain, "{case}");
         }
-        let other: [(&str, Change); 5] = [
+        let other: [(&str, Change); 6] = [
             ("commit", |d| d.commit = commit('b')),
             ("directory", |d| {
                 d.template.source.directory = Some("x".into())
             }),
+            ("submodules", |d| d.template.source.submodules = true),
             ("env", |d| d.template.env.clear()),
             ("build", |d| d.template.build = None),
             ("processes", |d| {

@@ -388,6 +388,7 @@ fn begin(assign: &Assign<'_>, before: &BTreeSet<NodeName>, rollout: &mut Rollout
 /// Has a node that its surroundings hold up go back to what it serves, where another waits for the slot.
 /// The slot comes free when the node has confirmed it.
 fn give_back(assign: &Assign<'_>, rollout: &mut Rollout) {
+    withdraw(assign, rollout);
     let another_waits = assign
         .observed
         .nodes
@@ -399,6 +400,7 @@ fn give_back(assign: &Assign<'_>, rollout: &mut Rollout) {
     for node in assign.observed.nodes.iter().filter(|n| n.takes_part()) {
         let Some(release) = node.release.as_ref().filter(|release| {
             !release.deleting
+                && !rollout.steps.iter().any(|s| s.name() == release.name)
                 && assign.has_wanted(release)
                 && release
                     .failure()
@@ -410,7 +412,12 @@ fn give_back(assign: &Assign<'_>, rollout: &mut Rollout) {
             continue;
         };
         let step = match &release.status.serving {
-            None => Some(delete(release)),
+            // State of an earlier stay on the node is not lost with what never served.
+            None => {
+                let mut spec = release.spec.clone();
+                spec.on_delete = OnDelete::KeepState;
+                Some(update(release, Box::new(spec), release.retry.clone()))
+            }
             Some(serving) => assign
                 .observed
                 .revisions
@@ -433,10 +440,23 @@ fn give_back(assign: &Assign<'_>, rollout: &mut Rollout) {
         };
         if let Some(step) = step {
             rollout.giving_back.insert(node.name.clone());
-            match step {
-                Step::Delete { .. } => rollout.steps.insert(0, step),
-                Step::Update { .. } | Step::Create { .. } => rollout.steps.push(step),
-            }
+            rollout.steps.push(step);
+        }
+    }
+}
+
+/// Deletes the first Release of a node that gives its slot back, when it says that the state stays.
+fn withdraw(assign: &Assign<'_>, rollout: &mut Rollout) {
+    for node in assign.observed.nodes.iter().filter(|n| n.takes_part()) {
+        let release = node.release.as_ref().filter(|release| {
+            node.gave_back
+                && !release.deleting
+                && assign.has_wanted(release)
+                && release.spec.on_delete == OnDelete::KeepState
+                && release.status.serving.is_none()
+        });
+        if let Some(release) = release {
+            rollout.steps.insert(0, delete(release));
         }
     }
 }

@@ -4,6 +4,7 @@
 //! administrator's.
 
 use std::{
+    path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
 };
@@ -19,7 +20,7 @@ use crate::{
     network, node, plane,
     process::{self, Process},
     program,
-    state::{Description, Directory, NodeName, Part},
+    state::{Description, Directory, NodeName, Part, write_file},
     toolchains::{Toolchain, tool_path},
     wait::{Seen, until},
 };
@@ -39,11 +40,37 @@ pub fn crds() -> Result<String> {
     process::run(Command::new(program::kari()?).arg("crd"))
 }
 
+/// Gives a program files of its own in place of what the machine trusts: `folder program arguments…`.
+const OWN_TRUST: &str = r#"
+folder=$1
+shift
+mount --bind "$folder/ssh" /etc/ssh
+mount --bind "$folder/certificates" /etc/ssl/certs/ca-certificates.crt
+exec "$@"
+"#;
+
+/// Where the controller's own certificates and host keys are: nothing of the machine's is changed.
+pub fn controller_trust(directory: &Directory) -> Result<(PathBuf, PathBuf)> {
+    let folder = directory.make_folder("controller")?;
+    let certificates = folder.join("certificates");
+    if !certificates.exists() {
+        let machine =
+            std::fs::read(node::CERTIFICATES).context(|| format!("read {}", node::CERTIFICATES))?;
+        write_file(&certificates, &machine)?;
+    }
+    let keys = directory.make_folder("controller/ssh")?;
+    Ok((certificates, keys.join("ssh_known_hosts")))
+}
+
 /// Starts the controller.
 pub fn start_controller(directory: &Directory, description: &Description) -> Result<()> {
+    controller_trust(directory)?;
     let namespace = network::namespace(directory, description)?;
-    let mut command = network::command(namespace.as_deref(), &program::kari()?);
+    let mut command = network::command(namespace.as_deref(), Path::new("unshare"));
     command
+        .args(["--mount", "--", "sh", "-euc", OWN_TRUST, "controller"])
+        .arg(directory.join("controller"))
+        .arg(program::kari()?)
         .arg("controller")
         .arg(format!("--namespace={NAMESPACE}"))
         .arg(format!("--listen={}", description.addresses.controller))

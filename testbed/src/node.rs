@@ -49,6 +49,9 @@ pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:
 /// Where the `kari` program is in a node.
 pub const KARI_PROGRAM: &str = "/opt/kari/kari";
 
+/// The certificates that git trusts, on the machine and in a node.
+pub const CERTIFICATES: &str = "/etc/ssl/certs/ca-certificates.crt";
+
 /// Where the agent's kubeconfig and token are in a node.
 pub const CREDENTIALS: &str = "/run/kari-testbed";
 

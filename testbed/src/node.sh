@@ -28,7 +28,7 @@ readonly MASKED="
   dev-hugepages.mount dev-mqueue.mount proc-sys-fs-binfmt_misc.automount getty.target
   cryptsetup.target integritysetup.target veritysetup.target
   ldconfig.service hwclock.service procps.service apparmor.service
-  keyboard-setup.service console-setup.service x11-common.service"
+  keyboard-setup.service console-setup.service x11-common.service ssh.service ssh.socket"
 
 # One cgroup in every hierarchy, below the caller's own in version 1 (so that
 # its accounting stays), below the root in version 2, where only the root may

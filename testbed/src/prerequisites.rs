@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Programs and files that are needed, with the Debian package of each.
-const NEEDED: [(&str, &str); 13] = [
+const NEEDED: [(&str, &str); 14] = [
     ("bash", "bash"),
     ("curl", "curl"),
     ("dbus-daemon", "dbus"),
@@ -23,9 +23,16 @@ const NEEDED: [(&str, &str); 13] = [
     ("nginx", "nginx-light"),
     ("nsenter", "util-linux"),
     ("setsid", "util-linux"),
+    ("sshd", "openssh-server"),
     ("unshare", "util-linux"),
     ("/lib/systemd/systemd", "systemd"),
     ("libnss_systemd.so.2", "libnss-systemd"),
+];
+
+/// Packages that enable a service, which nobody asked for here.
+const SERVICES: [(&str, &str); 2] = [
+    ("nginx-light", "nginx.service"),
+    ("openssh-server", "ssh.service"),
 ];
 
 /// Where Debian's packages ask whether they may start their services.
@@ -125,8 +132,10 @@ fn install(packages: &[&str]) -> Result<()> {
         fs::remove_file(POLICY).context(|| format!("remove {POLICY}"))?;
     }
     installed?;
-    if packages.contains(&"nginx-light") && Path::new("/run/systemd/system").exists() {
-        process::run(Command::new("systemctl").args(["disable", "--quiet", "nginx.service"]))?;
+    for (package, service) in SERVICES {
+        if packages.contains(&package) && Path::new("/run/systemd/system").exists() {
+            process::run(Command::new("systemctl").args(["disable", "--quiet", service]))?;
+        }
     }
     Ok(())
 }

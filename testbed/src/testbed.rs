@@ -220,6 +220,38 @@ impl Testbed {
         git::mirror(&self.directory, &self.description, &name, bare)
     }
 
+    /// Makes the controller and every node trust a certificate authority, in PEM.
+    pub async fn trust_authority(&self, certificate: &str) -> Result<()> {
+        let (certificates, _) = kari::controller_trust(&self.directory)?;
+        self.trust(&certificates, node::CERTIFICATES, certificate)
+            .await
+    }
+
+    /// Makes the controller and every node know a host key: a line of `ssh_known_hosts`.
+    pub async fn trust_host_key(&self, line: &str) -> Result<()> {
+        let (_, keys) = kari::controller_trust(&self.directory)?;
+        self.trust(&keys, "/etc/ssh/ssh_known_hosts", line).await
+    }
+
+    async fn trust(&self, of_controller: &Path, in_node: &str, text: &str) -> Result<()> {
+        // In place: the controller has this very file.
+        let text = format!("{}\n", text.trim_end());
+        let append = || -> std::io::Result<()> {
+            let mut file = std::fs::OpenOptions::new()
+                .append(true)
+                .create(true)
+                .open(of_controller)?;
+            std::io::Write::write_all(&mut file, text.as_bytes())
+        };
+        append().context(|| format!("write {}", of_controller.display()))?;
+        for node in self.nodes() {
+            let script = r#"printf %s "$1" >>"$2""#;
+            node.output(["sh", "-euc", script, "trust", &text, in_node])
+                .await?;
+        }
+        Ok(())
+    }
+
     /// Connects to an address as a process in the lab does.
     pub async fn lab_connect(&self, address: SocketAddrV4) -> Result<TcpStream> {
         let namespace = network::namespace(&self.directory, &self.description)?;

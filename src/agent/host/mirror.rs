@@ -6,6 +6,9 @@
 //! the mirror's `refs/kari/<namespace>/<name>` names it, which the unit sets
 //! last: that is read from the disk, and nothing else counts.
 //!
+//! A mirror has no more history than was asked for: one commit where the server can give it so. What the
+//! submodules of a commit are at is brought into the mirror of the commit's own repository.
+//!
 //! - [`step`] is the unit: what git is told. Pure.
 //! - [`failure`] is what git's words mean. Pure.
 //! - [`schedule`] decides what to fetch when: slots, queue, backoff, repair. Pure.
@@ -23,6 +26,7 @@ mod fetcher;
 mod refs;
 mod schedule;
 mod step;
+mod upkeep;
 
 pub use fetcher::{MirrorError, MirrorSettings, Mirrors};
 pub use schedule::MirrorState;
@@ -146,13 +150,19 @@ pub struct Want {
     pub reference: Option<String>,
     /// The commit.
     pub commit: Commit,
+    /// The commit that it must descend from; nothing if any will do.
+    pub base: Option<Commit>,
+    /// Whether what its submodules are at is wanted too.
+    pub submodules: bool,
 }
 
-/// Why a fetch failed. All reasons are of class Environment: it is tried again.
+/// Why an app does not have its commit. A reason of class Environment: it is tried again; of class Invalid: it
+/// is not.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct FetchFailure {
-    /// SourceUnavailable, AuthenticationFailed, HostKeyMismatch, RefNotFound, DiskPressure or ToolMissing.
+    /// SourceUnavailable, AuthenticationFailed, HostKeyMismatch, RefNotFound, DiskPressure or ToolMissing;
+    /// RewindRefused or, for submodules that will not do, InvalidSpec.
     pub reason: Reason,
     /// What happened, to what.
     pub message: String,
@@ -162,6 +172,11 @@ pub struct FetchFailure {
 fn hold_reference(app: &AppName) -> String {
     // Two parts, as `<namespace>.<name>` may end in `.lock`, which git refuses.
     format!("refs/kari/{}/{}", app.namespace(), app.name())
+}
+
+/// Where it is said whether that commit is as the app wants it.
+fn finding_path(app: &AppName) -> String {
+    format!("findings/{}/{}", app.namespace(), app.name())
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 //! apps/<ns>.<name>/      everything of an app, root's alone: [`AppFolder`]
 //! proxy/                 configuration of the proxy
 //! trash/                 renamed here first, deleted later
+//! ballast                room for records on a disk that is full
 //! ```
 //!
 //! Invariants: a file is written beside its place, synced, renamed, and its
@@ -81,6 +82,17 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Whether there is no room on the disk.
+    fn is_full(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+            ),
+            Self::Record { .. } | Self::Locked { .. } | Self::Name { .. } => false,
+        }
+    }
+
     fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io {
             action,
@@ -245,6 +257,35 @@ impl Store {
     }
 }
 
+/// Bytes that are set aside for records: on a disk that is full a release can still be finished, taken back
+/// and removed, which takes some tens of KiB for an app.
+const BALLAST_BYTES: usize = 1 << 20;
+
+impl Store {
+    /// Sets room for records aside, once there is enough of it.
+    pub fn set_ballast(&self) -> Result<(), StoreError> {
+        let path = self.ballast();
+        let is_there = std::fs::metadata(&path).is_ok_and(|m| m.len() == BALLAST_BYTES as u64);
+        if is_there || self.disk()?.shortage(&DiskReserve::DEFAULT).is_some() {
+            return Ok(());
+        }
+        // Nothing that a file system could store in less room.
+        let content: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..))
+            .take(BALLAST_BYTES)
+            .collect();
+        durable::write(&path, &content, 0o600)
+    }
+
+    /// Makes that room.
+    fn drop_ballast(&self) -> Result<(), StoreError> {
+        durable::remove(&self.ballast())
+    }
+
+    fn ballast(&self) -> PathBuf {
+        self.root.join("ballast")
+    }
+}
+
 /// Space on a file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskSpace {
@@ -303,13 +344,13 @@ impl DiskSpace {
         let inodes = percent_of(reserve.inodes_percent, self.inodes) / divisor;
         if self.bytes_free < bytes {
             Some(format!(
-                "{} MiB are free on the disk, and builds leave {} MiB",
+                "{} MiB are free on the disk of {ROOT}, and {} MiB are to stay free of what is fetched and built: make room there",
                 self.bytes_free / MIB,
-                bytes / MIB
+                bytes.div_ceil(MIB)
             ))
         } else if self.inodes_free < inodes {
             Some(format!(
-                "{} inodes are free on the disk, and builds leave {inodes}",
+                "{} inodes are free on the disk of {ROOT}, and {inodes} are to stay free of what is fetched and built: make room there",
                 self.inodes_free
             ))
         } else {

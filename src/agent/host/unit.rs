@@ -22,8 +22,8 @@ use crate::api::names::{AppName, ReleaseId};
 use crate::api::quantity::QuantityError;
 
 pub use build::{
-    BuildSpec, DEFAULT_BUILD_LIMITS, EXIT_NO_DIRECTORY, build_environment, build_key, build_script,
-    build_step, cache_place, directory_check,
+    BuildSpec, CHECKOUT_FILE, CHECKOUT_SCRIPT, DEFAULT_BUILD_LIMITS, EXIT_NO_DIRECTORY,
+    build_environment, build_key, build_script, build_step, cache_place, directory_check,
 };
 pub use service::{
     ServiceSpec, ServiceUnit, probe_properties, process_environment, process_variables,
@@ -156,6 +156,9 @@ pub fn app_patterns(app: &AppName) -> [String; 2] {
 
 /// Matches the loaded units of all builds.
 pub const BUILD_PATTERN: &str = "kari-build.*";
+
+/// Matches the loaded units of all fetches.
+pub const FETCH_PATTERN: &str = "kari-fetch.*";
 
 /// The build step of a release. Another try has another name, so that a result is never taken for
 /// another try's.

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::records::{RECORD_VERSION, UsersRecord};
-use super::store::{AppFolder, Store, StoreError, sync_folder, write_durably};
+use super::store::{AppFolder, Store, StoreError, names_in, sync_folder, write_durably};
 use crate::api::names::hex_digest;
 
 /// Where a node's administrator puts users, and Kari its own.
@@ -141,6 +141,31 @@ impl Users {
             self.remove(&app_user(service_uid))?;
         }
         Ok(())
+    }
+
+    /// Takes users out of the user database that no app has on record, as where its folder was deleted by
+    /// hand. How many that were.
+    pub fn remove_strays(&self, store: &Store) -> Result<usize, UsersError> {
+        let _choosing = self.choosing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = BTreeSet::new();
+        // A record that cannot be read may be of anybody: then nobody is taken out.
+        for app in store.apps()? {
+            if let Some(record) = store.app(&app).read_users()? {
+                known.extend([record.build_uid, record.service_uid]);
+            }
+        }
+        let mut removed = 0;
+        for name in names_in(&self.userdb)? {
+            let uid = name
+                .strip_prefix("kari-")
+                .and_then(|name| name.strip_suffix(".user"))
+                .and_then(|uid| uid.parse().ok());
+            if let Some(uid) = uid.filter(|uid| !known.contains(uid)) {
+                self.remove(&app_user(uid))?;
+                removed += 1;
+            }
+        }
+        Ok(removed)
     }
 
     /// The user of the mirrors.
@@ -451,6 +476,29 @@ mod tests {
             first,
             "the uids stay the app's while its folder is there"
         );
+    }
+
+    #[test]
+    fn users_of_no_app_are_taken_out_unless_a_record_cannot_be_read() {
+        let fixture = fixture();
+        let users = fixture.users(DEFAULT_RANGE);
+        let git = users.ensure_git(&fixture.store).unwrap();
+        users.ensure_app(&fixture.folder("shop")).unwrap();
+        users.ensure_app(&fixture.folder("lost")).unwrap();
+        let own = fixture.root.path().join("userdb/anna.user");
+        fs::write(&own, "{}").unwrap();
+        assert_eq!(users.remove_strays(&fixture.store).unwrap(), 0);
+
+        // Deleted by hand.
+        fs::remove_dir_all(fixture.folder("lost").path()).unwrap();
+        fs::write(fixture.folder("broken").path().join("users.json"), "{").unwrap();
+        assert!(users.remove_strays(&fixture.store).is_err());
+        fs::remove_dir_all(fixture.folder("broken").path()).unwrap();
+        assert_eq!(users.remove_strays(&fixture.store).unwrap(), 2);
+        // Of the shop, of the mirrors, and the administrator's.
+        assert_eq!(fixture.drop_ins().len(), 8 + 4 + 1);
+        assert!(own.exists());
+        assert_eq!(users.ensure_git(&fixture.store).unwrap(), git);
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::agent::host::records::{
     AttemptRecord, Outcome, ProcessRecord, RecordedFailure, StepResult,
 };
 use crate::agent::view::{Activity, BuildView, FileView, Health, Observed, SlotView, SourceView};
+use crate::agent::wanted::rewind_base;
 use crate::api::reasons::{Class, Reason};
 use crate::api::release::Phase;
 
@@ -40,6 +41,8 @@ pub(super) fn advance(observed: &Observed, attempt: &AttemptRecord) -> Plan {
             held_up.failure.clone(),
         ));
         next.wake = Some(held_up.until);
+        next
+    } else if let Some(next) = prove(observed, attempt) {
         next
     } else if !observed.host.trees.contains(&attempt.build_key) {
         build(observed, attempt)
@@ -103,6 +106,16 @@ impl Next {
             wake: None,
         }
     }
+}
+
+/// A commit that must descend from the running one is shown to before anything comes of it, be there a tree of it
+/// or not.
+fn prove(observed: &Observed, attempt: &AttemptRecord) -> Option<Next> {
+    let is_over = !attempt.processes.is_empty();
+    if is_over || rewind_base(attempt, observed.applied.as_ref()).is_none() {
+        return None;
+    }
+    fetch(observed, attempt)
 }
 
 /// There is no sealed tree yet.
@@ -207,45 +220,54 @@ pub(super) fn rebuild(observed: &Observed, attempt: &AttemptRecord, mut steps: V
 }
 
 pub(super) fn start_build(observed: &Observed, attempt: &AttemptRecord) -> Next {
+    if let Some(next) = fetch(observed, attempt) {
+        return next;
+    }
     let host = &observed.host;
-    match &host.source {
-        None => Next::step(
+    if let Some(message) = &host.disk_pressure {
+        return pressed(observed, Phase::Building, message);
+    }
+    match host.slot {
+        SlotView::Granted => Next::step(Step::StartBuild, Phase::Building, "the build starts"),
+        SlotView::Queued { position, of } => Next::wait(Progress::Queued { position, of }),
+        SlotView::Unasked => Next::wait(Progress::At(
+            Phase::Queued,
+            "a build slot is asked for".to_owned(),
+        )),
+    }
+}
+
+/// Nothing when the mirror has the commit, and it will do.
+fn fetch(observed: &Observed, attempt: &AttemptRecord) -> Option<Next> {
+    match (&observed.host.source, &observed.host.disk_pressure) {
+        (None, Some(message)) => Some(pressed(observed, Phase::Fetching, message)),
+        (None, None) => Some(Next::step(
             Step::WantCommit,
             Phase::Fetching,
             "the commit is being fetched",
-        ),
-        Some(SourceView::Queued { position, of }) => Next::wait(Progress::Queued {
+        )),
+        (Some(SourceView::Queued { position, of }), _) => Some(Next::wait(Progress::Queued {
             position: *position,
             of: *of,
-        }),
-        Some(SourceView::Fetching) => Next::wait(Progress::At(
+        })),
+        (Some(SourceView::Fetching), _) => Some(Next::wait(Progress::At(
             Phase::Fetching,
             format!("{} is being fetched", attempt.wish.commit.short()),
-        )),
-        Some(SourceView::Failed(failure)) => {
-            Next::wait(Progress::HeldUp(Phase::Fetching, failure.clone()))
-        }
-        Some(SourceView::Ready) => {
-            if let Some(message) = &host.disk_pressure {
-                let mut next = Next::wait(Progress::HeldUp(
-                    Phase::Building,
-                    failure(Reason::DiskPressure, message.clone()),
-                ));
-                next.wake = Some(observed.now + PRESSURE_INTERVAL);
-                return next;
-            }
-            match host.slot {
-                SlotView::Granted => {
-                    Next::step(Step::StartBuild, Phase::Building, "the build starts")
-                }
-                SlotView::Queued { position, of } => Next::wait(Progress::Queued { position, of }),
-                SlotView::Unasked => Next::wait(Progress::At(
-                    Phase::Queued,
-                    "a build slot is asked for".to_owned(),
-                )),
-            }
-        }
+        ))),
+        (Some(SourceView::Failed(failure)), _) => Some(Next::wait(Progress::HeldUp(
+            Phase::Fetching,
+            failure.clone(),
+        ))),
+        (Some(SourceView::Ready), _) => None,
     }
+}
+
+/// Neither a fetch nor a build begins on a disk that lacks its reserve.
+fn pressed(observed: &Observed, phase: Phase, message: &str) -> Next {
+    let failure = failure(Reason::DiskPressure, message.to_owned());
+    let mut next = Next::wait(Progress::HeldUp(phase, failure));
+    next.wake = Some(observed.now + PRESSURE_INTERVAL);
+    next
 }
 
 /// How often a full disk is looked at again.

@@ -136,6 +136,8 @@ pub struct World {
     // The surroundings.
     pub wanted: Wanted,
     pub fates: BTreeMap<u8, Fate>,
+    /// The same by commit.
+    pub commits: BTreeMap<Commit, Fate>,
     pub now: Duration,
     pub stolen: BTreeSet<u16>,
     pub proxy_down: bool,
@@ -175,6 +177,7 @@ impl World {
             source_wanted: false,
             wanted: Wanted::Unknown,
             fates: BTreeMap::new(),
+            commits: BTreeMap::new(),
             now: Duration::ZERO,
             stolen: BTreeSet::new(),
             proxy_down: false,
@@ -189,7 +192,11 @@ impl World {
     // ---- What happens to it -----------------------------------------------
 
     pub fn want(&mut self, draft: Draft) {
-        self.wanted = Wanted::Release(Box::new(wish(draft)));
+        self.want_anew(Wanted::Release(Box::new(wish(draft))));
+    }
+
+    pub fn want_anew(&mut self, wanted: Wanted) {
+        self.wanted = wanted;
         self.held_up = None;
     }
 
@@ -271,7 +278,7 @@ impl World {
             .attempt
             .iter()
             .filter(|attempt| attempt.outcome.is_none() && attempt.switching)
-            .filter(|attempt| self.fate(attempt.wish.release_id) == Fate::CrashesBaking)
+            .filter(|attempt| self.fate(&attempt.wish) == Fate::CrashesBaking)
             .flat_map(|attempt| attempt.processes.iter().map(|p| p.unit.clone()))
             .filter(|unit| !self.committed().iter().any(|p| p.unit == *unit))
             .collect();
@@ -293,9 +300,12 @@ impl World {
         });
     }
 
-    fn fate(&self, id: ReleaseId) -> Fate {
-        let number = u8::try_from(id.0.as_u128()).unwrap_or(0);
-        self.fates.get(&number).copied().unwrap_or_default()
+    fn fate(&self, wish: &Wish) -> Fate {
+        let number = u8::try_from(wish.release_id.0.as_u128()).ok();
+        let fate = number.and_then(|number| self.fates.get(&number));
+        fate.or_else(|| self.commits.get(&wish.commit))
+            .copied()
+            .unwrap_or_default()
     }
 
     pub fn committed(&self) -> &[ProcessRecord] {
@@ -405,7 +415,7 @@ impl World {
             .as_ref()
             .filter(|attempt| attempt.processes.iter().any(|p| p.unit == unit))
             .filter(|_| !self.committed().iter().any(|p| p.unit == unit))
-            .map_or(Fate::Good, |attempt| self.fate(attempt.wish.release_id));
+            .map_or(Fate::Good, |attempt| self.fate(&attempt.wish));
         let failed = |reason| {
             Health::Failed(RecordedFailure {
                 reason,
@@ -535,7 +545,7 @@ impl World {
                     unit::build_unit_name(&app(), &attempt.wish.release_id, attempt.build_try);
                 self.stages
                     .insert((attempt.build_key.clone(), attempt.build_try));
-                let fate = self.fate(attempt.wish.release_id);
+                let fate = self.fate(&attempt.wish);
                 self.builds.insert(
                     name,
                     Build {

@@ -1,4 +1,28 @@
 //! Stories of one app: what is wanted, what goes wrong and where, and what must hold in the end.
+//!
+//! The rules of the contract on a node, and the case that shows each:
+//! - commit: `a_first_release_goes_the_whole_way`, `a_second_release_takes_over_and_the_first_is_stopped`; what it
+//!   needs before it is checked by the simulated host (`check_commit`)
+//! - undo: `each_failure_before_the_commit_keeps_the_running_release`,
+//!   `a_failed_first_release_leaves_nothing_running`, `going_back_after_a_failure_is_a_decision_and_tries_nothing`
+//! - supersede: `a_newer_wish_supersedes_an_older_one_at_every_step`,
+//!   `a_superseded_build_is_killed_by_the_next_step`, `the_wish_that_comes_back_at_every_step_is_served`
+//! - Recreate: `a_recreate_stops_what_changes_before_it_starts_and_nothing_else`,
+//!   `a_recreate_that_is_rebooted_while_it_bakes_stops_the_old_once_more`
+//! - slots of the node: `without_a_slot_nothing_is_built_and_the_place_in_the_queue_is_told`
+//! - surroundings: `a_missing_tool_is_waited_for_and_does_not_burn_the_attempt`,
+//!   `a_proxy_that_is_down_holds_the_attempt_up_and_leaves_the_old_running`,
+//!   `a_host_of_another_app_holds_the_attempt_up_until_it_is_free`
+//! - a kill, a reboot, an API that is away: `an_agent_killed_at_every_step_carries_on_and_builds_once`,
+//!   `a_node_rebooted_at_every_step_comes_up_serving_and_carries_on`
+//! - hold: `the_absence_of_a_release_removes_nothing`, `a_spec_that_cannot_be_carried_out_holds_what_runs`
+//! - removal: `a_removal_at_every_step_leaves_nothing`, `a_removal_that_was_begun_is_finished_without_the_api`,
+//!   `a_release_in_deletion_with_nothing_on_the_host_is_removed_at_once`
+//! - orphans and adoption: `an_app_that_is_orphaned_at_every_step_stays_as_it_was_committed`,
+//!   `another_attempt_of_the_same_content_moves_nothing_but_the_names`
+//! - at rest nothing is done: `at_rest_there_is_nothing_to_do`, and over generated histories
+//!   `whatever_happens_it_comes_to_rest_and_harms_nothing`
+//! - what is retained on the disk is `collect`'s to decide, and tested there
 
 use std::time::Duration;
 

@@ -1,3 +1,50 @@
+//! The rules of the contract on rollouts, and the case that shows each.
+//!
+//! Budget
+//! - number or percentage of what matches, at least 1: `a_percentage_is_of_the_nodes_that_match_and_at_least_one`,
+//!   `a_second_commit_goes_on_within_the_budget`
+//! - what broke counts, and goes first: `a_node_that_does_not_serve_what_it_committed_comes_first_and_counts`;
+//!   but not beyond the slots: `a_broken_node_is_not_taken_while_all_slots_are_held`
+//! - canaries before others, then by name: `the_canary_comes_first`
+//!
+//! Slots
+//! - taken in the status before the Release: `a_slot_without_its_release_is_used_or_given_up`
+//! - freed by the commit: `a_first_rollout_takes_one_node_after_another_and_ends_ready`; by the failure:
+//!   `a_failed_node_blocks_the_revision_and_no_further_node_is_started`; not by a status that is behind:
+//!   `a_failure_that_is_behind_the_spec_or_of_another_release_is_ignored`
+//! - kept in mid-change until the deadline: `a_node_unreachable_in_mid_change_keeps_its_slot_until_the_deadline`,
+//!   or the Node is gone: `the_release_of_a_node_that_is_gone_is_removed_and_its_slot_freed`
+//! - given back after ten minutes: `surroundings_hold_a_node_up_for_ten_minutes_and_then_another_gets_its_slot`,
+//!   `a_first_install_that_is_held_up_is_withdrawn`,
+//!   `a_node_that_nobody_waits_for_keeps_its_slot_however_long_it_is_held_up`
+//!
+//! Left-out nodes
+//! - cordoned: `a_cordoned_node_is_left_out_and_comes_back_by_itself`; unreachable:
+//!   `an_idle_unreachable_node_is_left_out_and_not_written`; not yet heard of:
+//!   `a_new_controller_gives_work_only_to_nodes_that_it_has_heard_of`; an earlier Release still there:
+//!   `a_node_whose_old_release_is_still_being_removed_is_named`
+//!
+//! Supersede
+//! - at once in mid-change: `a_newer_revision_goes_at_once_to_every_node_in_mid_change`, cordoned too:
+//!   `a_node_that_is_cordoned_in_mid_change_finishes_and_gets_what_is_newer`; back before the commit:
+//!   `going_back_before_the_commit_keeps_the_release_that_is_served`
+//!
+//! Hold
+//! - suspended: `suspend_starts_nothing_and_lets_what_runs_finish`; blocked until something new or a retry:
+//!   `retry_tries_the_failed_nodes_again_once_for_each_value`; overdue:
+//!   `no_progress_until_the_deadline_stalls_and_progress_clears_it`; no source:
+//!   `a_source_that_cannot_be_asked_changes_no_node`; not allowed: `a_spec_that_is_not_allowed_changes_no_node`
+//!
+//! Removal, adoption, retained releases
+//! - `a_node_that_leaves_the_placement_is_taken_off_and_may_come_back`,
+//!   `what_a_delete_means_is_said_on_every_release_whatever_its_node_is_at`
+//! - `a_release_that_an_earlier_deployment_left_is_taken_on`,
+//!   `what_is_not_in_the_revision_changes_in_place_without_a_slot`
+//! - `the_history_keeps_its_limit_and_goes_back_to_an_old_revision_by_number`
+//!
+//! The properties over all of them: `no_history_breaks_the_budget_and_every_history_comes_to_rest`, and with
+//! the agents' side `crate::simulation`.
+
 use proptest::prelude::*;
 
 use super::*;
@@ -356,6 +403,13 @@ fn a_first_install_that_is_held_up_is_withdrawn() {
     world.reconcile();
     world.agent_fails("n1", Reason::ToolMissing);
     world.pass(600);
+    world.reconcile();
+    assert_eq!(
+        world.release("n1").spec.on_delete,
+        OnDelete::KeepState,
+        "state of an earlier stay is not lost"
+    );
+    assert!(!world.release("n1").deleting);
     world.reconcile();
     assert!(world.release("n1").deleting);
     world.reconcile();

@@ -83,7 +83,9 @@ pub(super) fn diagnose(source: &SourceUrl, result: &StepResult, log: &str) -> Di
     if matches(&HOST_KEY) {
         return Diagnosis::Failed(failure(
             Reason::HostKeyMismatch,
-            format!("the server's host key is not known, or is another than the known one: {said}"),
+            format!(
+                "the server's host key is not in the node's /etc/ssh/ssh_known_hosts, or is another one there: {said}"
+            ),
         ));
     }
     if matches(&AUTHENTICATION) {

@@ -20,11 +20,16 @@ use super::step::{Paths, SCRIPT, fetch_step};
 use super::{MirrorKey, Want};
 use crate::agent::host::store::{self, Store, StoreError, write_durably};
 use crate::agent::host::systemd::{Systemd, SystemdError};
-use crate::agent::host::unit::{UnitError, fetch_unit_name, step_properties};
+use crate::agent::host::unit::{
+    CHECKOUT_FILE, CHECKOUT_SCRIPT, UnitError, fetch_unit_name, step_properties,
+};
 use crate::api::names::AppName;
 
 /// How long a fetch's unit may take to stop; its processes are killed after 10 s.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
+
+/// SIGKILL.
+const SIGKILL: i32 = 9;
 
 /// While a fetch runs, its unit is looked at at least this often, should a signal be missed.
 const LOOK_INTERVAL: Duration = Duration::from_secs(30);
@@ -79,13 +84,16 @@ pub enum MirrorError {
 /// The node's mirrors. Cheap to clone; an agent has one.
 #[derive(Clone)]
 pub struct Mirrors {
-    inner: Arc<Inner>,
+    pub(super) inner: Arc<Inner>,
 }
 
-struct Inner {
-    store: Store,
-    systemd: Systemd,
-    settings: MirrorSettings,
+pub(super) struct Inner {
+    pub(super) store: Store,
+    pub(super) systemd: Systemd,
+    pub(super) settings: MirrorSettings,
+    /// The mirror that is being brought in order, by a unit of its fetch's name; held while either is started
+    /// or stopped.
+    pub(super) upkeep: tokio::sync::Mutex<Option<MirrorKey>>,
     wake: Box<dyn Fn(&AppName) + Send + Sync>,
     started: Instant,
     schedule: Mutex<Schedule>,
@@ -107,6 +115,7 @@ impl Mirrors {
                 store,
                 systemd,
                 settings,
+                upkeep: tokio::sync::Mutex::new(None),
                 wake: Box::new(wake),
                 started: Instant::now(),
                 schedule,
@@ -149,29 +158,38 @@ impl Mirrors {
     /// for anybody goes to the trash. Idempotent.
     pub async fn release(&self, app: &AppName) -> Result<(), MirrorError> {
         self.unwant(app);
-        for name in store::names_in(&self.inner.store.mirrors())? {
-            let Some(key) = name.strip_suffix(".git") else {
-                continue;
-            };
-            let key = MirrorKey(key.to_owned());
+        for key in self.keys()? {
             let mirror = self.mirror(&key);
             refs::release(&mirror, app).map_err(at("let go of a reference in", &mirror))?;
-            let is_held =
-                refs::holds_any(&mirror).map_err(at("list the references of", &mirror))?;
-            if is_held || self.schedule().is_wanted(&key) {
-                continue;
-            }
-            self.stop(&key).await?;
-            self.drop_mirror(&key)?;
+            self.drop_unheld(&key).await?;
         }
         Ok(())
     }
 
+    /// All mirrors that are there.
+    pub(super) fn keys(&self) -> Result<Vec<MirrorKey>, MirrorError> {
+        let names = store::names_in(&self.inner.store.mirrors())?;
+        let keys = names.iter().filter_map(|name| name.strip_suffix(".git"));
+        Ok(keys.map(|key| MirrorKey(key.to_owned())).collect())
+    }
+
+    /// Moves a mirror that holds nothing for anybody to the trash; true if it did.
+    pub(super) async fn drop_unheld(&self, key: &MirrorKey) -> Result<bool, MirrorError> {
+        let mirror = self.mirror(key);
+        let holders = refs::holders(&mirror).map_err(at("list the references of", &mirror))?;
+        if !holders.is_empty() || self.schedule().is_wanted(key) {
+            return Ok(false);
+        }
+        self.stop(key).await?;
+        self.drop_mirror(key)?;
+        Ok(true)
+    }
+
     /// Looks after the mirrors until it is dropped.
     pub async fn run(&self) {
-        if let Err(error) = self.install_script() {
+        if let Err(error) = self.install_scripts() {
             // Each fetch tries again.
-            warn!(%error, "the script of the fetches cannot be written");
+            warn!(%error, "the scripts of the fetches cannot be written");
         }
         let mut known = BTreeMap::new();
         loop {
@@ -199,8 +217,16 @@ impl Mirrors {
             .mirrors()
             .map(|(key, path, apps)| (key.clone(), path.clone(), apps.cloned().collect()))
             .collect();
+        let mut failed = None;
         for (key, path, apps) in mirrors {
-            let seen = self.look_at(&key, &path, &apps).await?;
+            // One that cannot be looked at holds no other up.
+            let seen = match self.look_at(&key, &path, &apps).await {
+                Ok(seen) => seen,
+                Err(error) => {
+                    failed = Some(error);
+                    continue;
+                }
+            };
             let action = self
                 .schedule()
                 .take_in(self.now(), fastrand::f64(), &key, seen);
@@ -217,7 +243,9 @@ impl Mirrors {
         }
         loop {
             let start = self.schedule().next_start();
-            let Some(start) = start else { return Ok(()) };
+            let Some(start) = start else {
+                return failed.map_or(Ok(()), Err);
+            };
             if let Err(error) = self.start(&start).await {
                 let message = format!("cannot start the fetch of {}: {error}", start.source);
                 self.schedule()
@@ -232,11 +260,16 @@ impl Mirrors {
         path: &Path,
         apps: &[AppName],
     ) -> Result<Seen, MirrorError> {
-        let state = self
-            .inner
-            .systemd
-            .get_unit_state(&fetch_unit_name(key.as_str()))
-            .await?;
+        let upkeep = self.inner.upkeep.lock().await;
+        let state = match &*upkeep {
+            // Its unit is none of the fetch's, which may begin.
+            Some(upkept) if upkept == key => None,
+            Some(_) | None => {
+                let unit = fetch_unit_name(key.as_str());
+                self.inner.systemd.get_unit_state(&unit).await?
+            }
+        };
+        drop(upkeep);
         let unit = match state {
             None => Unit::Absent,
             Some(state) if state.active_state.is_stopped() || state.sub_state == "exited" => {
@@ -250,8 +283,8 @@ impl Mirrors {
         // After the unit: what it set last is seen when it has ended.
         let mut held = BTreeMap::new();
         for app in apps {
-            if let Some(commit) = refs::held(path, app).map_err(at("read a reference of", path))? {
-                held.insert(app.clone(), commit);
+            if let Some(here) = refs::held(path, app).map_err(at("read a reference of", path))? {
+                held.insert(app.clone(), here);
             }
         }
         Ok(Seen { unit, held })
@@ -269,7 +302,7 @@ impl Mirrors {
         } = &*self.inner;
         let mirror = self.mirror(key);
         store::make_folder(&mirror, 0o755, Some(settings.uid))?;
-        let script = self.install_script()?;
+        let script = self.install_scripts()?;
         let log = self.log(key);
         store::remove(&log)?;
         let paths = Paths {
@@ -286,6 +319,11 @@ impl Mirrors {
             holds,
         );
         info!(mirror = key.as_str(), url = %source, commits = holds.len(), "fetching");
+        let mut upkeep = self.inner.upkeep.lock().await;
+        if upkeep.as_ref() == Some(key) {
+            self.stop(key).await?;
+            *upkeep = None;
+        }
         match systemd
             .start_transient(&fetch_unit_name(key.as_str()), &step_properties(&step)?)
             .await
@@ -296,21 +334,27 @@ impl Mirrors {
         }
     }
 
-    /// Written at the agent's start already, so that an app which comes and goes leaves nothing behind.
-    fn install_script(&self) -> Result<PathBuf, StoreError> {
-        let script = self.inner.store.mirrors().join("fetch.sh");
-        if store::read(&script)?.as_deref() != Some(SCRIPT.as_bytes()) {
-            write_durably(&script, SCRIPT.as_bytes(), 0o644)?;
+    /// The script of the fetches, and that of the checkouts, which needs what fetches brought. Written at the
+    /// agent's start already, so that an app which comes and goes leaves nothing behind.
+    fn install_scripts(&self) -> Result<PathBuf, StoreError> {
+        let folder = self.inner.store.mirrors();
+        let fetch = folder.join("fetch.sh");
+        for (path, text) in [
+            (&fetch, SCRIPT),
+            (&folder.join(CHECKOUT_FILE), CHECKOUT_SCRIPT),
+        ] {
+            if store::read(path)?.as_deref() != Some(text.as_bytes()) {
+                write_durably(path, text.as_bytes(), 0o644)?;
+            }
         }
-        Ok(script)
+        Ok(fetch)
     }
 
-    async fn stop(&self, key: &MirrorKey) -> Result<(), MirrorError> {
-        Ok(self
-            .inner
-            .systemd
-            .stop_unit(&fetch_unit_name(key.as_str()), STOP_LIMIT)
-            .await?)
+    /// Stops the unit of a mirror. Killed, as it has nothing to save and all mirrors wait for this.
+    pub(super) async fn stop(&self, key: &MirrorKey) -> Result<(), MirrorError> {
+        let unit = fetch_unit_name(key.as_str());
+        let _ = self.inner.systemd.kill_unit(&unit, SIGKILL).await;
+        Ok(self.inner.systemd.stop_unit(&unit, STOP_LIMIT).await?)
     }
 
     fn drop_mirror(&self, key: &MirrorKey) -> Result<(), MirrorError> {
@@ -319,7 +363,7 @@ impl Mirrors {
         Ok(())
     }
 
-    fn mirror(&self, key: &MirrorKey) -> PathBuf {
+    pub(super) fn mirror(&self, key: &MirrorKey) -> PathBuf {
         self.inner
             .store
             .mirrors()
@@ -327,7 +371,7 @@ impl Mirrors {
     }
 
     /// In a folder that is root's alone.
-    fn log(&self, key: &MirrorKey) -> PathBuf {
+    pub(super) fn log(&self, key: &MirrorKey) -> PathBuf {
         self.inner
             .store
             .mirrors()
@@ -370,7 +414,7 @@ impl Mirrors {
         self.inner.started.elapsed()
     }
 
-    fn schedule(&self) -> MutexGuard<'_, Schedule> {
+    pub(super) fn schedule(&self) -> MutexGuard<'_, Schedule> {
         // No code that holds it panics; if one did, the schedule is looked at anew in each round.
         self.inner
             .schedule
@@ -379,7 +423,7 @@ impl Mirrors {
     }
 }
 
-fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MirrorError {
+pub(super) fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MirrorError {
     let path = path.to_owned();
     move |source| MirrorError::Io {
         action,

@@ -9,55 +9,164 @@ use std::path::Path;
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags, openat2, unlinkat};
 use rustix::io::Errno;
 
-use super::hold_reference;
+use super::step::{base_word, submodules_word};
+use super::{FetchFailure, Want, finding_path, hold_reference};
 use crate::api::names::{AppName, Commit};
+use crate::api::reasons::Reason;
 
 /// A reference is a commit and a newline.
 const LONGEST_REFERENCE_BYTES: u64 = 128;
 
-/// The commit that is held for an app; nothing if there is none.
-pub(super) fn held(mirror: &Path, app: &AppName) -> io::Result<Option<Commit>> {
-    let Some(file) = open(
-        mirror,
-        &hold_reference(app),
-        OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK,
-    )?
-    else {
+/// Bytes of a finding: two commits, two words, and why; what is cut off is the end of a long url.
+const LONGEST_FINDING_BYTES: u64 = 2048;
+
+/// What is there for an app.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Held {
+    /// The commit.
+    pub commit: Commit,
+    /// What was found of it.
+    pub finding: Option<Finding>,
+}
+
+/// Whether a commit is as it was wanted, as the fetch found it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Finding {
+    /// What was looked at: commit, base and submodules, as the script has them.
+    asked: String,
+    /// Why it will not do.
+    refusal: Option<(Reason, String)>,
+}
+
+impl Finding {
+    fn parse(text: &str) -> Option<Self> {
+        let mut words = text.trim_end().splitn(5, ' ');
+        let asked = [words.next()?, words.next()?, words.next()?].join(" ");
+        let refusal = match (words.next()?, words.next()?) {
+            ("granted", _) => None,
+            ("rewind", _) => Some((Reason::RewindRefused, String::new())),
+            ("submodules", why) => {
+                let shown = |c: &char| !c.is_control();
+                Some((Reason::InvalidSpec, why.chars().filter(shown).collect()))
+            }
+            _ => return None,
+        };
+        Some(Self { asked, refusal })
+    }
+
+    #[cfg(test)]
+    pub(super) fn of(want: &Want, refusal: Option<(Reason, String)>) -> Self {
+        Self {
+            asked: asked(want),
+            refusal,
+        }
+    }
+}
+
+fn asked(want: &Want) -> String {
+    let Want {
+        source: _,
+        reference: _,
+        commit,
+        base,
+        submodules,
+    } = want;
+    format!(
+        "{commit} {} {}",
+        base_word(base.as_ref()),
+        submodules_word(*submodules)
+    )
+}
+
+impl Held {
+    /// Whether this is what is wanted, and if so, why it will not do; nothing while it is not known.
+    pub(super) fn answer(&self, want: &Want) -> Option<Result<(), FetchFailure>> {
+        let Self { commit, finding } = self;
+        if *commit != want.commit {
+            return None;
+        }
+        if !want.submodules && want.base.as_ref().is_none_or(|base| base == commit) {
+            return Some(Ok(()));
+        }
+        let finding = finding.as_ref()?;
+        if finding.asked != asked(want) {
+            return None;
+        }
+        let Some((reason, why)) = &finding.refusal else {
+            return Some(Ok(()));
+        };
+        let message = match (&want.base, reason) {
+            (Some(base), Reason::RewindRefused) => format!(
+                "{} does not descend from {}, which runs here, and source.git.allowRewind is false: push a commit that does, or set allowRewind to true",
+                commit.short(),
+                base.short()
+            ),
+            _ => format!(
+                "the submodules of {} cannot be checked out: {why}; mend it in the repository, or set source.git.submodules to false",
+                commit.short()
+            ),
+        };
+        Some(Err(FetchFailure {
+            reason: *reason,
+            message,
+        }))
+    }
+}
+
+/// What is held for an app; nothing if there is nothing.
+pub(super) fn held(mirror: &Path, app: &AppName) -> io::Result<Option<Held>> {
+    let commit = read(mirror, &hold_reference(app), LONGEST_REFERENCE_BYTES)?;
+    let Some(commit) = commit.and_then(|text| Commit::parse(text.trim_end()).ok()) else {
         return Ok(None);
     };
-    let mut text = String::new();
-    // What is not text is no commit.
-    match File::from(file)
-        .take(LONGEST_REFERENCE_BYTES)
-        .read_to_string(&mut text)
-    {
-        Ok(_) => Ok(Commit::parse(text.trim_end()).ok()),
-        Err(error) if error.kind() == io::ErrorKind::InvalidData => Ok(None),
-        Err(error) => Err(error),
-    }
+    let finding = read(mirror, &finding_path(app), LONGEST_FINDING_BYTES)?;
+    let finding = finding.and_then(|text| Finding::parse(&text));
+    Ok(Some(Held { commit, finding }))
+}
+
+/// The text of a file beneath the mirror; what is not text is nothing.
+fn read(mirror: &Path, path: &str, longest: u64) -> io::Result<Option<String>> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let Some(file) = open(mirror, path, flags)? else {
+        return Ok(None);
+    };
+    let mut text = Vec::new();
+    File::from(file).take(longest).read_to_end(&mut text)?;
+    Ok(String::from_utf8(text).ok())
 }
 
 /// Lets go of an app's commit; true if there was one.
 pub(super) fn release(mirror: &Path, app: &AppName) -> io::Result<bool> {
-    let folder = format!("refs/kari/{}", app.namespace());
-    let Some(folder) = open(mirror, &folder, OFlags::RDONLY | OFlags::DIRECTORY)? else {
+    unlink(mirror, &finding_path(app))?;
+    unlink(mirror, &hold_reference(app))
+}
+
+fn unlink(mirror: &Path, path: &str) -> io::Result<bool> {
+    let Some((folder, name)) = path.rsplit_once('/') else {
         return Ok(false);
     };
-    match unlinkat(&folder, app.name(), AtFlags::empty()) {
+    let Some(folder) = open(mirror, folder, OFlags::RDONLY | OFlags::DIRECTORY)? else {
+        return Ok(false);
+    };
+    match unlinkat(&folder, name, AtFlags::empty()) {
         Ok(()) => Ok(true),
         Err(Errno::NOENT) => Ok(false),
         Err(error) => Err(error.into()),
     }
 }
 
-/// Whether any app's commit is held.
-pub(super) fn holds_any(mirror: &Path) -> io::Result<bool> {
+/// The apps whose commits are held.
+pub(super) fn holders(mirror: &Path) -> io::Result<Vec<AppName>> {
+    let mut holders = Vec::new();
     for namespace in entries(mirror, "refs/kari")? {
-        if !entries(mirror, &format!("refs/kari/{namespace}"))?.is_empty() {
-            return Ok(true);
-        }
+        let names = entries(mirror, &format!("refs/kari/{namespace}"))?;
+        holders.extend(
+            names
+                .iter()
+                .filter_map(|name| AppName::new(&namespace, name).ok()),
+        );
     }
-    Ok(false)
+    Ok(holders)
 }
 
 fn entries(mirror: &Path, folder: &str) -> io::Result<Vec<String>> {
@@ -101,11 +210,60 @@ mod tests {
     }
 
     #[test]
+    fn a_finding_answers_what_was_asked_and_is_read_whatever_it_says() -> io::Result<()> {
+        let mirror = tempfile::tempdir()?;
+        let shop = app("web.shop");
+        let commit = Commit::parse(&"a".repeat(40)).unwrap_or_else(|e| panic!("{e}"));
+        let want = Want {
+            source: crate::agent::host::mirror::SourceUrl::parse("https://h/r")
+                .unwrap_or_else(|e| panic!("{e}")),
+            reference: None,
+            commit: commit.clone(),
+            base: None,
+            submodules: true,
+        };
+        for folder in ["refs/kari/web", "findings/web"] {
+            fs::create_dir_all(mirror.path().join(folder))?;
+        }
+        fs::write(
+            mirror.path().join("refs/kari/web/shop"),
+            format!("{commit}\n"),
+        )?;
+        for (finding, expected) in [
+            (format!("{commit} - submodules granted -\n"), Some(None)),
+            (
+                format!("{commit} - submodules submodules lib: no\u{1b} url\n"),
+                Some(Some("lib: no url")),
+            ),
+            (format!("{commit} - - granted -\n"), None),
+            (format!("{} - submodules granted -\n", "b".repeat(40)), None),
+            (format!("{commit} - submodules perhaps -\n"), None),
+            (format!("{commit}"), None),
+            (String::new(), None),
+            ("\n\n     ".to_owned(), None),
+        ] {
+            fs::write(mirror.path().join("findings/web/shop"), &finding)?;
+            let here = held(mirror.path(), &shop)?.unwrap_or_else(|| panic!("held"));
+            match (here.answer(&want), expected) {
+                (None, None) | (Some(Ok(())), Some(None)) => {}
+                (Some(Err(failure)), Some(Some(why))) => {
+                    assert_eq!(failure.reason, Reason::InvalidSpec);
+                    assert!(failure.message.contains(why), "{failure}");
+                }
+                other => panic!("{finding:?}: {other:?}"),
+            }
+        }
+        assert!(release(mirror.path(), &shop)?);
+        assert!(!mirror.path().join("findings/web/shop").exists());
+        Ok(())
+    }
+
+    #[test]
     fn a_hold_is_read_and_let_go_and_the_last_one_is_known() -> io::Result<()> {
         let mirror = tempfile::tempdir()?;
         let (shop, blog) = (app("web.shop"), app("web.blog"));
         assert_eq!(held(mirror.path(), &shop)?, None);
-        assert!(!holds_any(mirror.path())?);
+        assert_eq!(holders(mirror.path())?, []);
         fs::create_dir_all(mirror.path().join("refs/kari/web"))?;
         fs::write(
             mirror.path().join("refs/kari/web/shop"),
@@ -113,15 +271,15 @@ mod tests {
         )?;
         fs::write(mirror.path().join("refs/kari/web/blog"), "not a commit\n")?;
         assert_eq!(
-            held(mirror.path(), &shop)?.map(|c| c.to_string()),
+            held(mirror.path(), &shop)?.map(|held| held.commit.to_string()),
             Some("a".repeat(40))
         );
         assert_eq!(held(mirror.path(), &blog)?, None);
         assert!(release(mirror.path(), &shop)?);
         assert!(!release(mirror.path(), &shop)?);
-        assert!(holds_any(mirror.path())?);
+        assert_eq!(holders(mirror.path())?, std::slice::from_ref(&blog));
         assert!(release(mirror.path(), &blog)?);
-        assert!(!holds_any(mirror.path())?);
+        assert_eq!(holders(mirror.path())?, []);
         Ok(())
     }
 

@@ -1,16 +1,17 @@
 //! What to fetch when: slots, queue, backoff and repair. Pure: time is the duration since any fixed start of
 //! a monotonic clock, and chance is passed in.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use super::failure::{Diagnosis, diagnose};
+use super::refs::Held;
 use super::step::{Hold, Mode};
 use super::{FetchFailure, MirrorKey, SourceUrl, Want};
 use crate::agent::host::records::StepResult;
 use crate::agent::host::turns::Turns;
-use crate::api::names::{AppName, Commit};
+use crate::api::names::AppName;
 use crate::api::reasons::Reason;
 
 /// The first wait after a failed fetch; it doubles with each further one.
@@ -27,6 +28,8 @@ pub enum MirrorState {
         /// The bare repository, to be bound read-only.
         mirror: PathBuf,
     },
+    /// The mirror has the commit, and it will not do: nothing is tried again before something else is wanted.
+    Refused(FetchFailure),
     /// Waiting for a slot.
     Queued {
         /// From 1.
@@ -51,7 +54,7 @@ pub(super) struct Seen {
     /// Its unit.
     pub unit: Unit,
     /// What it holds, for the apps that want something of it.
-    pub held: BTreeMap<AppName, Commit>,
+    pub held: BTreeMap<AppName, Held>,
 }
 
 /// The unit of a mirror's fetch.
@@ -107,9 +110,9 @@ struct Mirror {
     source: SourceUrl,
     path: PathBuf,
     wants: BTreeMap<AppName, Want>,
-    held: BTreeMap<AppName, Commit>,
+    held: BTreeMap<AppName, Held>,
     /// What the running fetch was told; empty if this agent did not start it.
-    running: Option<BTreeSet<(AppName, Commit)>>,
+    running: Option<BTreeMap<AppName, Want>>,
     /// Failures in a row.
     failures: u32,
     failure: Option<FetchFailure>,
@@ -137,14 +140,15 @@ impl Mirror {
         }
     }
 
-    fn has(&self, app: &AppName, commit: &Commit) -> bool {
-        !self.suspected && self.held.get(app) == Some(commit)
+    /// What came of a want; nothing while it is not fetched.
+    fn answer(&self, app: &AppName, want: &Want) -> Option<Result<(), FetchFailure>> {
+        self.held.get(app).filter(|_| !self.suspected)?.answer(want)
     }
 
     fn is_satisfied(&self) -> bool {
         self.wants
             .iter()
-            .all(|(app, want)| self.has(app, &want.commit))
+            .all(|(app, want)| self.answer(app, want).is_some())
     }
 
     /// `chance` is from 0 to 1: mirrors that failed together are not tried together.
@@ -181,11 +185,8 @@ impl Schedule {
             .mirrors
             .entry(key.clone())
             .or_insert_with(|| Mirror::new(want.source.clone(), path));
-        let is_new = mirror
-            .wants
-            .get(app)
-            .is_none_or(|old| old.commit != want.commit);
-        // That one commit is missing says nothing of another.
+        let is_new = mirror.wants.get(app).is_none_or(|old| *old != want);
+        // That one commit is missing says nothing of another, nor of the same without its submodules.
         if is_new
             && mirror
                 .failure
@@ -234,6 +235,13 @@ impl Schedule {
         self.mirrors
             .get(key)
             .is_some_and(|mirror| !mirror.wants.is_empty())
+    }
+
+    /// Whether an app wants something of the mirror.
+    pub fn is_wanted_by(&self, key: &MirrorKey, app: &AppName) -> bool {
+        self.mirrors
+            .get(key)
+            .is_some_and(|mirror| mirror.wants.contains_key(app))
     }
 
     /// Whether a fetch runs.
@@ -300,17 +308,16 @@ impl Schedule {
         let holds: Vec<Hold> = mirror
             .wants
             .iter()
-            .filter(|(app, want)| !mirror.has(app, &want.commit))
+            .filter(|(app, want)| mirror.answer(app, want).is_none())
             .map(|(app, want)| Hold {
                 app: app.clone(),
-                commit: want.commit.clone(),
-                reference: want.reference.clone(),
+                want: want.clone(),
             })
             .collect();
         mirror.running = Some(
             holds
                 .iter()
-                .map(|hold| (hold.app.clone(), hold.commit.clone()))
+                .map(|hold| (hold.app.clone(), hold.want.clone()))
                 .collect(),
         );
         let mode = if mirror.suspected {
@@ -364,9 +371,12 @@ impl Schedule {
             .iter()
             .find(|(_, mirror)| mirror.wants.contains_key(app))?;
         let want = mirror.wants.get(app)?;
-        let state = if mirror.has(app, &want.commit) {
-            MirrorState::Ready {
-                mirror: mirror.path.clone(),
+        let state = if let Some(answer) = mirror.answer(app, want) {
+            match answer {
+                Ok(()) => MirrorState::Ready {
+                    mirror: mirror.path.clone(),
+                },
+                Err(failure) => MirrorState::Refused(failure),
             }
         } else if mirror.running.is_some() {
             MirrorState::Fetching
@@ -393,16 +403,13 @@ impl Mirror {
         &mut self,
         now: Duration,
         chance: f64,
-        told: &BTreeSet<(AppName, Commit)>,
+        told: &BTreeMap<AppName, Want>,
     ) -> Action {
         self.suspected = false;
-        let lost = told.iter().find(|(app, commit)| {
-            self.wants
-                .get(app)
-                .is_some_and(|want| want.commit == *commit)
-                && !self.has(app, commit)
+        let lost = told.iter().find(|(app, want)| {
+            self.wants.get(*app) == Some(*want) && self.answer(app, want).is_none()
         });
-        if let Some((_, commit)) = lost {
+        if let Some((_, Want { commit, .. })) = lost {
             // Or it would be fetched again and again without a pause.
             let message = format!(
                 "the fetch of {} ended well, but the mirror does not hold {commit}",

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{SourceUrl, Transport, hold_reference};
+use super::{SourceUrl, Transport, Want};
 use crate::agent::host::jail::MIRROR_PATH;
 use crate::agent::host::unit::{StepLimits, StepSpec};
 use crate::api::names::{AppName, Commit};
@@ -24,6 +24,18 @@ const FETCH_LIMITS: StepLimits = StepLimits {
     tasks: 64,
 };
 
+/// Submodules of a commit, theirs included: Qt has 40, and each may cost a connection.
+const MOST_SUBMODULES: u32 = 256;
+
+/// How deep submodules may be within each other.
+const DEEPEST_SUBMODULE: u32 = 8;
+
+/// Seconds that the upkeep of a mirror may take: a pack of some gigabytes is written anew.
+const UPKEEP_TIMEOUT_SECONDS: u32 = 1200;
+
+/// Where the script of the upkeep is in the jail.
+const UPKEEP_SCRIPT_PATH: &str = "/var/lib/kari/upkeep";
+
 /// Where the script is in the jail.
 const FETCH_SCRIPT_PATH: &str = "/var/lib/kari/fetch";
 
@@ -32,10 +44,34 @@ const FETCH_SCRIPT_PATH: &str = "/var/lib/kari/fetch";
 pub(super) struct Hold {
     /// The app that wants it.
     pub app: AppName,
-    /// The commit.
-    pub commit: Commit,
-    /// Where the server has it.
-    pub reference: Option<String>,
+    /// What it wants.
+    pub want: Want,
+}
+
+/// The upkeep of a mirror, which reads and writes it alone.
+pub(super) fn upkeep_step(paths: Paths, user: &str, tool_path: &str) -> StepSpec {
+    let Paths {
+        mirror,
+        script,
+        log,
+    } = paths;
+    StepSpec {
+        description: "Kari: bring a mirror in order".to_owned(),
+        user: user.to_owned(),
+        timeout_seconds: UPKEEP_TIMEOUT_SECONDS,
+        limits: FETCH_LIMITS,
+        network: false,
+        environment: environment(Transport::Https, tool_path),
+        environment_file: None,
+        read_only: vec![(script, UPKEEP_SCRIPT_PATH.to_owned())],
+        writable: vec![(mirror, MIRROR_PATH.to_owned())],
+        working_directory: "/".to_owned(),
+        log,
+        before: vec![],
+        command: ["/bin/sh", "-eu", UPKEEP_SCRIPT_PATH, MIRROR_PATH]
+            .map(str::to_owned)
+            .to_vec(),
+    }
 }
 
 /// Whether the mirror is looked through first.
@@ -73,7 +109,10 @@ pub(super) fn fetch_step(
         log,
     } = paths;
     // A repository is of one kind of digest; a mirror is made for that of the first commit.
-    let format = if holds.iter().any(|hold| hold.commit.as_str().len() == 64) {
+    let format = if holds
+        .iter()
+        .any(|hold| hold.want.commit.as_str().len() == 64)
+    {
         "sha256"
     } else {
         "sha1"
@@ -90,19 +129,25 @@ pub(super) fn fetch_step(
         source.as_str(),
         mode,
         format,
+        &MOST_SUBMODULES.to_string(),
+        &DEEPEST_SUBMODULE.to_string(),
     ]
     .map(str::to_owned)
     .to_vec();
-    for Hold {
-        app,
-        commit,
-        reference,
-    } in holds
-    {
+    for Hold { app, want } in holds {
+        let Want {
+            source: _,
+            reference,
+            commit,
+            base,
+            submodules,
+        } = want;
         command.extend([
             commit.to_string(),
-            hold_reference(app),
+            format!("{}/{}", app.namespace(), app.name()),
             reference.clone().unwrap_or_default(),
+            base_word(base.as_ref()).to_owned(),
+            submodules_word(*submodules).to_owned(),
         ]);
     }
     StepSpec {
@@ -120,6 +165,16 @@ pub(super) fn fetch_step(
         before: vec![],
         command,
     }
+}
+
+/// The commit that another is to descend from, as the script and its findings have it.
+pub(super) fn base_word(base: Option<&Commit>) -> &str {
+    base.map_or("-", Commit::as_str)
+}
+
+/// Whether submodules are wanted, as the script and its findings have it.
+pub(super) fn submodules_word(submodules: bool) -> &'static str {
+    if submodules { "submodules" } else { "-" }
 }
 
 /// All that git takes from its surroundings; nothing of the node's own configuration.
@@ -142,21 +197,29 @@ fn environment(transport: Transport, tool_path: &str) -> Vec<(String, String)> {
         ("GIT_ALLOW_PROTOCOL", allowed.to_owned()),
         ("GIT_TERMINAL_PROMPT", "0".to_owned()),
         ("GIT_SSH_COMMAND", SSH.to_owned()),
-        ("GIT_CONFIG_COUNT", CONFIGURATION.len().to_string()),
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .to_vec();
-    for (at, (key, value)) in CONFIGURATION.iter().enumerate() {
-        environment.push((format!("GIT_CONFIG_KEY_{at}"), (*key).to_owned()));
-        environment.push((format!("GIT_CONFIG_VALUE_{at}"), (*value).to_owned()));
+    let tolerated = TOLERATED.iter().flat_map(|what| {
+        ["fetch.fsck", "fsck"].map(|place| (format!("{place}.{what}"), "ignore".to_owned()))
+    });
+    let settings: Vec<_> = CONFIGURATION
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .into_iter()
+        .chain(tolerated)
+        .collect();
+    environment.push(("GIT_CONFIG_COUNT".to_owned(), settings.len().to_string()));
+    for (at, (key, value)) in settings.into_iter().enumerate() {
+        environment.push((format!("GIT_CONFIG_KEY_{at}"), key));
+        environment.push((format!("GIT_CONFIG_VALUE_{at}"), value));
     }
     environment
 }
 
-/// No question, no host that is not known, no connection that hangs for more than a minute.
-const SSH: &str = "ssh -F /dev/null -o BatchMode=yes -o StrictHostKeyChecking=yes -o ConnectTimeout=15 -o ServerAliveInterval=15 -o ServerAliveCountMax=4";
+/// No question, no key, no host that the node's /etc/ssh/ssh_known_hosts does not know, no connection that hangs for more than a minute.
+const SSH: &str = "ssh -F none -o BatchMode=yes -o StrictHostKeyChecking=yes -o UserKnownHostsFile=none -o IdentitiesOnly=yes -o IdentityFile=none -o ConnectTimeout=15 -o ServerAliveInterval=15 -o ServerAliveCountMax=4";
 
-const CONFIGURATION: [(&str, &str); 19] = [
+const CONFIGURATION: [(&str, &str); 16] = [
     ("core.hooksPath", "/dev/null"),
     ("core.fsmonitor", "false"),
     ("core.askPass", ""),
@@ -170,11 +233,8 @@ const CONFIGURATION: [(&str, &str); 19] = [
     ("fetch.unpackLimit", "1"),
     ("fetch.recurseSubmodules", "false"),
     ("fetch.writeCommitGraph", "false"),
-    // What a server sends is checked, but for what old versions of git themselves wrote.
+    // What a server sends is checked, but for what is tolerated.
     ("fetch.fsckObjects", "true"),
-    ("fetch.fsck.zeroPaddedFilemode", "ignore"),
-    ("fetch.fsck.missingSpaceBeforeDate", "ignore"),
-    ("fetch.fsck.badTimezone", "ignore"),
     ("http.followRedirects", "initial"),
     // A byte a second: a server that prepares a large pack says that it lives, and no more.
     ("http.lowSpeedLimit", "1"),
@@ -183,15 +243,36 @@ const CONFIGURATION: [(&str, &str); 19] = [
     ("pack.windowMemory", "128m"),
 ];
 
-/// `mirror url mode format (commit hold reference)…`; no text of a user's is in the script itself.
+/// What git would refuse and is harmless here: what old versions of git themselves wrote, and what .gitmodules
+/// say, which is read by [`SCRIPT`] alone, and only for apps that want submodules.
+const TOLERATED: [&str; 11] = [
+    "zeroPaddedFilemode",
+    "missingSpaceBeforeDate",
+    "badTimezone",
+    "gitmodulesBlob",
+    "gitmodulesLarge",
+    "gitmodulesMissing",
+    "gitmodulesName",
+    "gitmodulesPath",
+    "gitmodulesSymlink",
+    "gitmodulesUpdate",
+    "gitmodulesUrl",
+];
+
+/// `mirror url mode format most deepest (commit app reference base submodules)…`, the last two `-` where they
+/// are not asked for; no text of a user's is in the script itself.
 pub(super) const SCRIPT: &str = r#"# Written by kari agent; an edit is overwritten.
-# Brings commits into a mirror. Ends with 20 if the repository does not have one of them,
-# with 21 if the mirror is damaged, else as git ended.
-mirror=$1 url=$2 mode=$3 format=$4
-shift 4
+# Brings commits into a mirror, and their submodules where they are asked for. Ends with 20 if a repository
+# does not have one of them, with 21 if the mirror is damaged, else as git ended.
+mirror=$1 url=$2 mode=$3 format=$4 most=$5 deepest=$6
+shift 6
+scratch=$(mktemp -d)
+# What is insecure in itself may lead to what is.
+case $url in http://*|git://*) insecure=yes ;; *) insecure=no ;; esac
+tab=$(printf '\t')
 
 # Whoever left them is gone: this unit's name is held by one process at a time.
-find "$mirror" -name '*.lock' -type f -delete
+find "$mirror" \( -name '*.lock' -o -name 'tmp_*' \) -type f -delete
 init() { git init --quiet --bare --template= --object-format="$format"; }
 if [ "$mode" = check ]; then
     init && git fsck --no-dangling --no-progress || exit 21
@@ -200,57 +281,238 @@ else
 fi
 
 has() { git cat-file -e "$1^{commit}" 2>/dev/null; }
-fetch() { git fetch --quiet --force --no-tags --no-auto-maintenance --no-write-fetch-head -- "$url" "$@"; }
+fetch() { git fetch --quiet --force --no-tags --no-auto-maintenance --no-write-fetch-head "$@"; }
 
-# missing (commit hold reference)…: prints the commits that are not there
+# bring about url commit…: fetches commits, without their history where the server can. Ends with 10 if the
+# server does not give them by their ids. `about` stands before what git says.
+bring() (
+    about=$1 from=$2 code=0
+    shift 2
+    said=$(fetch --depth=1 -- "$from" "$@" 2>&1) || code=$?
+    case $said in
+    *'does not support shallow'*)
+        code=0
+        said=$(fetch -- "$from" "$@" 2>&1) || code=$? ;;
+    esac
+    [ $code -ne 0 ] || exit 0
+    case $said in
+    *'not our ref'*|*'unadvertised object'*|*'allow request for'*) exit 10 ;;
+    esac
+    printf '%s\n' "$said" | while IFS= read -r line; do
+        case $line in
+        'fatal: '*) printf 'fatal: %s%s\n' "$about" "${line#fatal: }" ;;
+        *) printf '%s\n' "$line" ;;
+        esac
+    done >&2
+    exit $code
+)
+
+# bring_all url place: fetches whatever branches and tags there are, with their history.
+bring_all() {
+    deep=
+    [ ! -s "$mirror/shallow" ] || deep=--unshallow
+    fetch $deep -- "$1" "+refs/heads/*:$2heads/*" "+refs/tags/*:$2tags/*"
+}
+
+# refuse what why: the commit will not do, and will not do later.
+refuse() {
+    printf '%s %s\n' "$1" "$2" >"$scratch/refused"
+    exit 30
+}
+
+# descend: the commit is to descend from the base. History is fetched as far as it is needed.
+descend() {
+    [ "$base" != - ] && [ "$base" != "$commit" ] || return 0
+    for more in 0 100 10000; do
+        if [ $more -ne 0 ]; then
+            [ -s "$mirror/shallow" ] || break
+            fetch --deepen=$more -- "$url" "$commit"
+        fi
+        if git merge-base --is-ancestor "$base" "$commit" 2>/dev/null; then return 0; fi
+    done
+    refuse rewind -
+}
+
+# resolve url given: prints the url that a relative one stands for.
+resolve() {
+    parent=${1%/} given=$2 between=/
+    case $given in
+    ./*|../*) ;;
+    *)
+        printf '%s\n' "$given"
+        return ;;
+    esac
+    while :; do
+        case $given in
+        ../*)
+            given=${given#../}
+            case $parent in
+            */*) parent=${parent%/*} ;;
+            *) parent=${parent%:*} between=: ;;
+            esac ;;
+        ./*) given=${given#./} ;;
+        *) break ;;
+        esac
+    done
+    printf '%s%s%s\n' "$parent" "$between" "$given"
+}
+
+# transport url: prints what git may speak for it; nothing if it is not the url of a repository.
+transport() {
+    case $1 in
+    *[!!-~]*) return ;;
+    https://?*/?*) speaks=https ;;
+    http://?*/?*) speaks=http:https ;;
+    git://?*/?*) speaks=git ;;
+    ssh://?*/?*) speaks=ssh ;;
+    *://*|*::*) return ;;
+    ?*@?*:?*) speaks=scp ;;
+    *) return ;;
+    esac
+    case $speaks in
+    scp) authority=${1%%:*} speaks=ssh ;;
+    *) authority=${1#*://} authority=${authority%%/*} ;;
+    esac
+    host=${authority#*@}
+    user=${authority%"$host"} user=${user%@}
+    case $host in
+    [!A-Za-z0-9[]*|*[!]A-Za-z0-9.:[-]*) return ;;
+    esac
+    case $speaks:$user in
+    *:) ;;
+    ssh:[!A-Za-z0-9_]*|ssh:*[!A-Za-z0-9._-]*) return ;;
+    ssh:*) ;;
+    *) return ;;
+    esac
+    printf '%s\n' "$speaks"
+}
+
+# submodules commit url depth place: brings what the submodules of a commit are at, and theirs.
+submodules() (
+    of=$1 parent_url=$2 depth=$3 place=$4
+    links=$scratch/links.$depth names=$scratch/names.$depth
+    git -c core.quotePath=false ls-tree -r --full-tree "$of" >"$scratch/tree"
+    sed -n 's/^160000 commit //p' "$scratch/tree" >"$links"
+    [ -s "$links" ] || exit 0
+    [ "$depth" -le "$deepest" ] || refuse submodules "${place}: submodules are more than $deepest deep"
+    case $(git ls-tree --full-tree "$of" -- .gitmodules) in
+    100[67][45][45]' blob '*) ;;
+    120000*) refuse submodules "$place.gitmodules is a symbolic link" ;;
+    *) refuse submodules "$place.gitmodules is not there, but there are submodules" ;;
+    esac
+    [ "$(git cat-file -s "$of:.gitmodules")" -le 262144 ] || refuse submodules "$place.gitmodules is larger than 256 KiB"
+    git config --blob "$of:.gitmodules" -z --get-regexp '^submodule\..*\.path$' | tr '\0\n' '\n\t' >"$names"
+    # Not from standard input, which ssh reads.
+    while IFS=$tab read -r sub path <&3; do
+        printf . >>"$scratch/count"
+        [ "$(wc -c <"$scratch/count")" -le "$most" ] || refuse submodules "there are more than $most submodules"
+        case /$path/ in
+        */../*|*/./*|*//*|*/.[Gg][Ii][Tt]/*|/-*|/\"*) refuse submodules "$place$path is no place for a submodule" ;;
+        esac
+        name=
+        while IFS=$tab read -r key value <&4; do
+            [ "$value" != "$path" ] || { name=${key#submodule.} name=${name%.path}; }
+        done 4<"$names"
+        [ -n "$name" ] || refuse submodules "$place$path: .gitmodules does not say where it comes from"
+        given=$(git config --blob "$of:.gitmodules" --get "submodule.$name.url" || :)
+        target=$(resolve "$parent_url" "$given")
+        speaks=$(transport "$target")
+        case $speaks:$insecure in
+        :*) refuse submodules "$place$path: the url $given is none of https://host/path, ssh://[user@]host/path, user@host:path, http://host/path, git://host/path, and not relative" ;;
+        http:https:no|git:no) refuse submodules "$place$path: the url $target is insecure, and the repository's own is not" ;;
+        esac
+        refs=refs/submodules/$(printf '%s' "$target" | git hash-object --stdin)
+        about="submodule $place$path, $target: "
+        if ! has "$sub"; then
+            export GIT_ALLOW_PROTOCOL="$speaks"
+            code=0
+            bring "$about" "$target" "$sub" || code=$?
+            case $code in
+            0) ;;
+            10) bring_all "$target" "$refs/all/" ;;
+            *) exit $code ;;
+            esac
+            has "$sub" || {
+                printf 'kari: %sthe repository has no commit %s\n' "$about" "$sub" >&2
+                exit 20
+            }
+        fi
+        # What the next fetch need not bring again.
+        git update-ref "$refs/held/$app" "$sub"
+        submodules "$sub" "$target" $((depth + 1)) "$place$path/"
+    done 3<"$links"
+)
+
+# missing (commit app reference base submodules)…: prints the commits that are not there
 missing() {
     while [ $# -gt 0 ]; do
         has "$1" || printf '%s\n' "$1"
-        shift 3
+        shift 5
     done
 }
 
 wanted=$(missing "$@")
 if [ -n "$wanted" ]; then
+    code=0
     # Unquoted: commits have no spaces.
-    status=0
-    said=$(fetch $wanted 2>&1) || status=$?
-    if [ $status -ne 0 ]; then
-        case $said in
-        *'not our ref'*|*'unadvertised object'*|*'allow request for'*)
-            # Not given by its id, or gone: whatever branches and tags there are.
-            fetch '+refs/heads/*:refs/heads/*' '+refs/tags/*:refs/tags/*'
-            set_aside=$wanted
-            for commit in $set_aside; do
-                has "$commit" && continue
-                # The place where it was found.
-                found=$(while [ $# -gt 0 ]; do [ "$1" = "$commit" ] && printf '%s' "$3" && break; shift 3; done)
-                case $found in
-                refs/heads/*|refs/tags/*|'') ;;
-                refs/*) fetch "+$found:refs/other/$commit" || : ;;
-                esac
-            done ;;
-        *)
-            printf '%s\n' "$said" >&2
-            exit $status ;;
-        esac
-    fi
-    # Many small packs make every look-up slow.
-    if [ "$(find "$mirror/objects/pack" -name '*.pack' | wc -l)" -gt 50 ]; then
-        git repack -d --quiet --geometric=2 || :
-    fi
+    bring '' "$url" $wanted || code=$?
+    case $code in
+    0) ;;
+    10)
+        # Not given by its id, or gone.
+        bring_all "$url" refs/
+        set_aside=$wanted
+        for commit in $set_aside; do
+            has "$commit" && continue
+            # The place where it was found.
+            found=$(while [ $# -gt 0 ]; do [ "$1" = "$commit" ] && printf '%s' "$3" && break; shift 5; done)
+            case $found in
+            refs/heads/*|refs/tags/*|'') ;;
+            refs/*) fetch -- "$url" "+$found:refs/other/$commit" || : ;;
+            esac
+        done ;;
+    *) exit $code ;;
+    esac
 fi
 
 status=0
 while [ $# -gt 0 ]; do
-    if has "$1"; then
-        git update-ref "$2" "$1"
-    else
-        printf 'kari: the repository has no commit %s\n' "$1" >&2
+    commit=$1 app=$2 base=$4 modules=$5
+    shift 5
+    if ! has "$commit"; then
+        printf 'kari: the repository has no commit %s\n' "$commit" >&2
         status=20
+        continue
     fi
-    shift 3
+    rm -f "$scratch/count" "$scratch/refused"
+    # Not in a condition, in which a failure would not end it.
+    set +e
+    (
+        set -e
+        descend
+        [ "$modules" = - ] || submodules "$commit" "$url" 1 ''
+    )
+    code=$?
+    set -e
+    case $code in
+    0) finding='granted -' ;;
+    30) finding=$(cat "$scratch/refused") ;;
+    *)
+        status=$code
+        continue ;;
+    esac
+    mkdir -p "$mirror/findings/${app%/*}"
+    printf '%s %s %s %s\n' "$commit" "$base" "$modules" "$finding" >"$scratch/finding"
+    # Beside its place first: it is read meanwhile.
+    cp "$scratch/finding" "$mirror/findings/${app%/*}/.new"
+    mv "$mirror/findings/${app%/*}/.new" "$mirror/findings/$app"
+    git update-ref "refs/kari/$app" "$commit"
 done
+
+# Many small packs make every look-up slow.
+if [ "$(find "$mirror/objects/pack" -name '*.pack' | wc -l)" -gt 50 ]; then
+    git repack -d --quiet --geometric=2 || :
+fi
 exit $status
 "#;
 
@@ -267,8 +529,13 @@ mod tests {
         };
         let hold = Hold {
             app: AppName::parse("web.shop").unwrap_or_else(|e| panic!("{e}")),
-            commit: Commit::parse(&"a".repeat(40)).unwrap_or_else(|e| panic!("{e}")),
-            reference: Some("refs/heads/main".into()),
+            want: Want {
+                source: source.clone(),
+                commit: Commit::parse(&"a".repeat(40)).unwrap_or_else(|e| panic!("{e}")),
+                reference: Some("refs/heads/main".into()),
+                base: None,
+                submodules: true,
+            },
         };
         fetch_step(&source, paths, "kari-git", "/usr/bin:/bin", mode, &[hold])
     }
@@ -305,9 +572,13 @@ mod tests {
                 "https://h/r",
                 "check",
                 "sha1",
+                "256",
+                "8",
                 &commit,
-                "refs/kari/web/shop",
-                "refs/heads/main"
+                "web/shop",
+                "refs/heads/main",
+                "-",
+                "submodules"
             ]
         );
     }

@@ -140,13 +140,31 @@ impl AppFolder {
 
     // ---- Records ----
 
+    /// Writes a record; on a disk that is full, into the room that is set aside for them.
+    fn write_record<R: Record>(&self, path: &Path, record: &R) -> Result<(), StoreError> {
+        let text = records::render(record).map_err(|source| StoreError::Record {
+            path: path.to_owned(),
+            source,
+        })?;
+        match durable::write(path, &text, 0o600) {
+            Err(error) if error.is_full() => {
+                tracing::warn!(
+                    "the disk is full: records are written into the room that is set aside for them"
+                );
+                self.store.drop_ballast()?;
+                durable::write(path, &text, 0o600)
+            }
+            written => written,
+        }
+    }
+
     /// `kept.json`.
     pub fn read_kept(&self) -> Result<Option<KeptRecord>, StoreError> {
         read_record(&self.path.join("kept.json"))
     }
     /// `kept.json`.
     pub fn write_kept(&self, record: &KeptRecord) -> Result<(), StoreError> {
-        write_record(&self.path.join("kept.json"), record)
+        self.write_record(&self.path.join("kept.json"), record)
     }
     /// `kept.json`.
     pub fn remove_kept(&self) -> Result<(), StoreError> {
@@ -159,7 +177,7 @@ impl AppFolder {
     }
     /// `applied.json`.
     pub fn write_applied(&self, record: &AppliedRecord) -> Result<(), StoreError> {
-        write_record(&self.path.join("applied.json"), record)
+        self.write_record(&self.path.join("applied.json"), record)
     }
     /// `attempt.json`.
     pub fn read_attempt(&self) -> Result<Option<AttemptRecord>, StoreError> {
@@ -167,7 +185,7 @@ impl AppFolder {
     }
     /// `attempt.json`.
     pub fn write_attempt(&self, record: &AttemptRecord) -> Result<(), StoreError> {
-        write_record(&self.path.join("attempt.json"), record)
+        self.write_record(&self.path.join("attempt.json"), record)
     }
     /// `attempt.json`.
     pub fn remove_attempt(&self) -> Result<(), StoreError> {
@@ -179,7 +197,7 @@ impl AppFolder {
     }
     /// `users.json`.
     pub fn write_users(&self, record: &UsersRecord) -> Result<(), StoreError> {
-        write_record(&self.path.join("users.json"), record)
+        self.write_record(&self.path.join("users.json"), record)
     }
     /// `releases/<revision>.json`.
     pub fn read_release(
@@ -190,7 +208,7 @@ impl AppFolder {
     }
     /// `releases/<revision>.json`.
     pub fn write_release(&self, record: &ReleaseRecord) -> Result<(), StoreError> {
-        write_record(&self.release(&record.revision)?, record)
+        self.write_record(&self.release(&record.revision)?, record)
     }
     /// All of `releases/`, the newest first. One that cannot be read is an error: what it refers to must
     /// not be collected.
@@ -460,14 +478,6 @@ fn read_record<R: Record>(path: &Path) -> Result<Option<R>, StoreError> {
                 source,
             }),
     }
-}
-
-fn write_record<R: Record>(path: &Path, record: &R) -> Result<(), StoreError> {
-    let text = records::render(record).map_err(|source| StoreError::Record {
-        path: path.to_owned(),
-        source,
-    })?;
-    durable::write(path, &text, 0o600)
 }
 
 /// A name as a part of a path: not hidden, no separator.

@@ -13,7 +13,12 @@ use crate::api::names::{AppName, Commit};
 
 /// The key of the tree that a build results in: a digest of all that the tree follows from. The limits
 /// and the deadline of a build are not part of it.
-pub fn build_key(commit: &Commit, directory: Option<&str>, build: Option<&Build>) -> BuildKey {
+pub fn build_key(
+    commit: &Commit,
+    submodules: bool,
+    directory: Option<&str>,
+    build: Option<&Build>,
+) -> BuildKey {
     let build = build.map(
         |Build {
              run,
@@ -34,6 +39,7 @@ pub fn build_key(commit: &Commit, directory: Option<&str>, build: Option<&Build>
     );
     let content = serde_json::json!({
         "commit": commit.as_str(),
+        "submodules": submodules,
         // Without a build the whole checkout is what runs, from whatever directory.
         "directory": if build.is_some() { directory } else { None },
         "build": build,
@@ -134,6 +140,8 @@ pub struct BuildSpec<'a> {
     pub mirror: &'a Path,
     /// The stage, made by [`AppFolder::create_stage`](crate::agent::host::store::AppFolder::create_stage).
     pub stage: &'a Stage,
+    /// Whether its submodules are checked out too.
+    pub submodules: bool,
     /// The folder of the repository that the build starts in.
     pub directory: Option<&'a str>,
     /// The build; without it the checkout is all.
@@ -150,6 +158,35 @@ pub struct BuildSpec<'a> {
     pub log: &'a Path,
 }
 
+/// `mirror tree commit git…`: checks a commit out by the words after it, then what its submodules are at, and
+/// theirs, which the fetch has brought into the same mirror and whose places it has looked at. A file beside the
+/// mirror, as a reload of systemd does not leave the words of a command that runs as they were.
+pub const CHECKOUT_SCRIPT: &str = r#"# Written by kari agent; an edit is overwritten.
+mirror=$1 tree=$2 commit=$3
+shift 3
+"$@"
+tab=$(printf '\t')
+rm -f "$GIT_INDEX_FILE"
+submodules() (
+    git --git-dir="$mirror" -c core.quotePath=false ls-tree -r --full-tree "$1" >/tmp/kari-links
+    sed -n 's/^160000 commit //p' /tmp/kari-links >"/tmp/kari-links.$3"
+    while IFS=$tab read -r submodule path <&3; do
+        mkdir -p "$tree/$2$path"
+        git -c core.hooksPath=/dev/null --git-dir="$mirror" --work-tree="$tree/$2$path" read-tree --reset -u "$submodule"
+        rm -f "$GIT_INDEX_FILE"
+        submodules "$submodule" "$2$path/" $(($3 + 1))
+    done 3<"/tmp/kari-links.$3"
+)
+submodules "$commit" '' 0
+rm -f /tmp/kari-links*
+"#;
+
+/// The name of [`CHECKOUT_SCRIPT`] in the folder of the mirrors.
+pub const CHECKOUT_FILE: &str = "checkout.sh";
+
+/// Where it is in the jail.
+const CHECKOUT_PATH: &str = "/var/lib/kari/checkout";
+
 /// Seconds in which a checkout without a build must be done.
 const CHECKOUT_TIMEOUT_SECONDS: u32 = 900;
 
@@ -162,6 +199,7 @@ pub fn build_step(spec: &BuildSpec<'_>) -> Result<StepSpec, UnitError> {
         commit,
         mirror,
         stage,
+        submodules,
         directory,
         build,
         caches,
@@ -171,7 +209,7 @@ pub fn build_step(spec: &BuildSpec<'_>) -> Result<StepSpec, UnitError> {
         log,
     } = *spec;
     // Nothing of the build's environment reaches git, and nothing of the node's configuration.
-    let checkout: Vec<String> = [
+    let environment = [
         "-i",
         &format!("PATH={tool_path}"),
         "HOME=/tmp/home",
@@ -180,6 +218,9 @@ pub fn build_step(spec: &BuildSpec<'_>) -> Result<StepSpec, UnitError> {
         "GIT_CONFIG_GLOBAL=/dev/null",
         "GIT_INDEX_FILE=/tmp/kari-index",
         "GIT_TERMINAL_PROMPT=0",
+    ]
+    .map(str::to_owned);
+    let git = [
         "git",
         "-c",
         "core.hooksPath=/dev/null",
@@ -193,8 +234,14 @@ pub fn build_step(spec: &BuildSpec<'_>) -> Result<StepSpec, UnitError> {
         "--",
         ".",
     ]
-    .map(str::to_owned)
-    .to_vec();
+    .map(str::to_owned);
+    let mut checkout = environment.to_vec();
+    if submodules {
+        let script = ["/bin/sh", "-eu", CHECKOUT_PATH];
+        checkout.extend(script.map(str::to_owned));
+        checkout.extend([MIRROR_PATH, APP_PATH, commit.as_str()].map(str::to_owned));
+    }
+    checkout.extend(git);
 
     let mut writable = vec![
         (stage.source(), APP_PATH.to_owned()),
@@ -232,6 +279,10 @@ pub fn build_step(spec: &BuildSpec<'_>) -> Result<StepSpec, UnitError> {
         before: vec![],
         command: checkout.clone(),
     };
+    if submodules {
+        let script = mirror.with_file_name(CHECKOUT_FILE);
+        step.read_only.push((script, CHECKOUT_PATH.to_owned()));
+    }
     if let Some(build) = build {
         step.timeout_seconds = build.timeout_seconds;
         step.limits = build_limits(build)?;
@@ -323,6 +374,7 @@ mod tests {
             stage: &Stage {
                 path: "/var/lib/kari/apps/web.shop/stage/k.0".into(),
             },
+            submodules: false,
             directory: Some("services/shop"),
             build,
             caches: &[(
@@ -393,7 +445,7 @@ mod tests {
             build(json)
         };
         let base = json(serde_json::json!({}));
-        let key = |build: &Build| build_key(&commit(), Some("d"), Some(build));
+        let key = |build: &Build| build_key(&commit(), false, Some("d"), Some(build));
         for same in [
             serde_json::json!({"timeoutSeconds": 60}),
             serde_json::json!({"resources": {"limits": {"tasks": 7}}}),
@@ -409,15 +461,22 @@ mod tests {
         ] {
             assert_ne!(key(&json(other.clone())), key(&base), "{other}");
         }
-        assert_ne!(build_key(&commit(), Some("e"), Some(&base)), key(&base));
-        assert_ne!(build_key(&commit(), Some("d"), None), key(&base));
+        assert_ne!(
+            build_key(&commit(), false, Some("e"), Some(&base)),
+            key(&base)
+        );
+        assert_ne!(build_key(&commit(), false, Some("d"), None), key(&base));
         assert_eq!(
-            build_key(&commit(), Some("d"), None),
-            build_key(&commit(), None, None),
+            build_key(&commit(), false, Some("d"), None),
+            build_key(&commit(), false, None, None),
             "a checkout is the whole tree"
         );
+        assert_ne!(
+            build_key(&commit(), true, None, None),
+            build_key(&commit(), false, None, None)
+        );
         let other = Commit::parse(&"0".repeat(40)).unwrap();
-        assert_ne!(build_key(&other, Some("d"), Some(&base)), key(&base));
+        assert_ne!(build_key(&other, false, Some("d"), Some(&base)), key(&base));
     }
 
     #[test]

@@ -1,6 +1,8 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::agent::host::mirror::refs::Finding;
+use crate::api::names::Commit;
 
 fn app(name: &str) -> AppName {
     AppName::parse(name).unwrap_or_else(|e| panic!("{e}"))
@@ -16,6 +18,8 @@ fn want(url: &str, digit: char) -> Want {
         source,
         reference: None,
         commit: commit(digit),
+        base: None,
+        submodules: false,
     }
 }
 
@@ -28,7 +32,13 @@ fn seen(unit: Unit, held: &[(&str, char)]) -> Seen {
         unit,
         held: held
             .iter()
-            .map(|(name, digit)| (app(name), commit(*digit)))
+            .map(|(name, digit)| {
+                let held = Held {
+                    commit: commit(*digit),
+                    finding: None,
+                };
+                (app(name), held)
+            })
             .collect(),
     }
 }
@@ -101,6 +111,53 @@ fn a_commit_that_the_mirror_holds_needs_no_fetch() {
         Some(MirrorState::Ready { .. })
     ));
     assert_eq!(schedule.next_start(), None);
+}
+
+#[test]
+fn what_was_refused_is_not_fetched_again_before_something_else_is_wanted() {
+    let mut schedule = one(1);
+    let bound = Want {
+        base: Some(commit('b')),
+        ..want(A, 'a')
+    };
+    let shop = app("web.shop");
+    schedule.want(NOW, &shop, bound.clone(), "/m/a.git".into());
+    let refusal = Some((Reason::RewindRefused, String::new()));
+    let mut look = seen(Unit::Absent, &[("web.shop", 'a')]);
+    let here = look.held.get_mut(&shop).unwrap_or_else(|| panic!("held"));
+    // That the commit is there says nothing of its base.
+    assert_eq!(here.answer(&bound), None);
+    here.finding = Some(Finding::of(&bound, refusal));
+    schedule.take_in(NOW, 0.0, &key(A), look.clone());
+    match state(&schedule, "web.shop") {
+        Some(MirrorState::Refused(failure)) => {
+            assert_eq!(failure.reason, Reason::RewindRefused);
+            for word in ["aaaaaaa", "bbbbbbb", "allowRewind"] {
+                assert!(failure.message.contains(word), "{failure}");
+            }
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(schedule.next_start(), None);
+    assert_eq!(schedule.next_deadline(), None);
+
+    // Another base is another question.
+    let other = Want {
+        base: Some(commit('c')),
+        ..want(A, 'a')
+    };
+    schedule.want(NOW, &shop, other, "/m/a.git".into());
+    schedule.take_in(NOW, 0.0, &key(A), look.clone());
+    assert!(schedule.next_start().is_some());
+    schedule.take_in(NOW, 0.0, &key(A), seen(Unit::Absent, &[]));
+
+    // And none at all is none.
+    schedule.want(NOW, &shop, want(A, 'a'), "/m/a.git".into());
+    schedule.take_in(NOW, 0.0, &key(A), look);
+    assert!(matches!(
+        state(&schedule, "web.shop"),
+        Some(MirrorState::Ready { .. })
+    ));
 }
 
 #[test]
@@ -322,7 +379,7 @@ const URLS: [&str; 2] = [A, B];
 struct Node {
     running: BTreeMap<MirrorKey, Start>,
     ended: BTreeMap<MirrorKey, Unit>,
-    held: BTreeMap<MirrorKey, BTreeMap<AppName, Commit>>,
+    held: BTreeMap<MirrorKey, BTreeMap<AppName, Held>>,
 }
 
 impl Node {
@@ -369,7 +426,13 @@ impl Node {
         };
         if good {
             let held = self.held.entry(key.clone()).or_default();
-            held.extend(start.holds.into_iter().map(|hold| (hold.app, hold.commit)));
+            held.extend(start.holds.into_iter().map(|hold| {
+                let here = Held {
+                    commit: hold.want.commit,
+                    finding: None,
+                };
+                (hold.app, here)
+            }));
         }
         let unit = if good {
             ended("success", 0, "")

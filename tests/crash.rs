@@ -9,7 +9,8 @@
 
 mod support;
 
-use support::{DEPLOY_LIMIT, LIMIT, Space, app, folder, until};
+use serde_json::json;
+use support::{DEPLOY_LIMIT, LIMIT, Space, app, folder, is, until};
 use testbed::{Part, Testbed};
 use tokio::sync::Mutex;
 
@@ -294,4 +295,199 @@ async fn an_app_that_is_stopped_or_whose_files_are_changed_is_put_right() {
         )
         .await;
     }
+}
+
+#[tokio::test]
+async fn going_back_and_other_variables_need_neither_a_build_nor_the_git_server() {
+    let _alone = ALONE.lock().await;
+    let space = Space::new(support::testbed(1).await, "back").await;
+    let files = folder(&app::files("none"));
+    let first = space.push("shop", files.path());
+    // Never the same twice: a tree that is built again is seen.
+    let build = "cat /proc/sys/kernel/random/uuid > message";
+    let mut manifest =
+        app::with_build(app::manifest("shop", &first.url, "back.example.com"), build);
+    space.apply(&manifest).await;
+    space.ready_at("shop", &first.commit).await;
+    let (_, built) = space
+        .get(NODE, "back.example.com")
+        .await
+        .expect("an answer");
+    support::write(files.path(), &[("other", "a change")]);
+    let second = space.push("shop", files.path());
+    space.request_look("shop").await;
+    space.ready_at("shop", &second.commit).await;
+    let (_, other) = space
+        .get(NODE, "back.example.com")
+        .await
+        .expect("an answer");
+    assert_ne!(built, other);
+
+    kill(space.testbed, "git").await;
+    manifest["spec"]["source"]["git"]["ref"] = json!({"commit": first.commit});
+    space.apply(&manifest).await;
+    space.ready_at("shop", &first.commit).await;
+    assert_eq!(
+        space.get(NODE, "back.example.com").await,
+        Ok((200, built.clone())),
+        "what was built before runs again"
+    );
+    manifest["spec"]["env"] = json!([{"name": "MESSAGE", "value": "from the environment"}]);
+    space.apply(&manifest).await;
+    space
+        .deployment_until("shop", "Ready with the variable", DEPLOY_LIMIT, |d| {
+            d.status.as_ref().is_some_and(|s| {
+                is(&s.conditions, "Ready", "True")
+                    && Some(s.observed_generation) == d.metadata.generation
+            })
+        })
+        .await;
+    assert_eq!(
+        space.get(NODE, "back.example.com").await,
+        Ok((200, "from the environment".into()))
+    );
+    start(space.testbed, "git").await;
+    let units = [
+        "journalctl",
+        "--output=cat",
+        "--grep=^Starting Kari: build",
+        "_PID=1",
+    ];
+    let builds = space.on(NODE, &units).await;
+    let ours = builds
+        .matches(&format!("build of {}.shop ", space.namespace))
+        .count();
+    assert_eq!(ours, 2, "{builds}");
+}
+
+#[tokio::test]
+async fn a_full_disk_is_foreseen_and_what_runs_goes_on_and_can_be_changed() {
+    let _alone = ALONE.lock().await;
+    let space = Space::new(support::testbed(1).await, "disk").await;
+    with_small_disk(&space).await;
+    let files = folder(&app::files("runs"));
+    let repository = space.push("runs", files.path());
+    let build = "head -c 10M /dev/urandom > cache/large";
+    let manifest = app::manifest("runs", &repository.url, "runs.example.com");
+    let mut manifest = app::with_build(manifest, build);
+    manifest["spec"]["build"]["cacheDirectories"] = json!(["cache"]);
+    space.apply(&manifest).await;
+    space.ready_at("runs", &repository.commit).await;
+
+    // What nothing refers to goes at once, and caches with it.
+    fill(&space, 3 << 20).await;
+    until("the cache is given up", LIMIT, || async {
+        let free = free_bytes(&space).await;
+        if free > 10 << 20 { Ok(()) } else { Err(free) }
+    })
+    .await;
+
+    fill(&space, 3 << 20).await;
+    let waiting = space.push("waits", folder(&app::files("waits")).path());
+    space
+        .apply(&app::manifest("waits", &waiting.url, "waits.example.com"))
+        .await;
+    let told = space
+        .release_until("waits", NODE, "held up for the disk", LIMIT, |r| {
+            let attempt = r.status.as_ref().and_then(|s| s.attempt.as_ref());
+            attempt
+                .and_then(|a| a.failure.as_ref())
+                .is_some_and(|f| f.reason == "DiskPressure")
+        })
+        .await;
+    let attempt = told.status.and_then(|s| s.attempt).expect("an attempt");
+    let message = attempt.failure.expect("a failure").message;
+    assert!(
+        message.contains("MiB are free on the disk of /var/lib/kari, and 5 MiB are to stay free"),
+        "{message}"
+    );
+    let mirrors = space
+        .on(
+            NODE,
+            &["sh", "-c", "ls -d /var/lib/kari/mirrors/*.git | wc -l"],
+        )
+        .await;
+    assert_eq!(mirrors, "1", "a fetch has begun");
+
+    // Not a byte is left: there is room for records all the same.
+    fill(&space, 0).await;
+    manifest["spec"]["env"] = json!([{"name": "MESSAGE", "value": "changed"}]);
+    space.apply(&manifest).await;
+    until("the change is served", DEPLOY_LIMIT, || async {
+        match space.get(NODE, "runs.example.com").await {
+            Ok((200, body)) if body == "changed" => Ok(()),
+            other => Err(other),
+        }
+    })
+    .await;
+    space.ready_at("runs", &repository.commit).await;
+
+    space
+        .on(NODE, &["sh", "-c", "rm /var/lib/kari/fill*"])
+        .await;
+    space.ready_at("waits", &waiting.commit).await;
+    until("room for records is set aside again", LIMIT, || async {
+        let found = space.on(NODE, &["ls", "/var/lib/kari"]).await;
+        if found.contains("ballast") {
+            Ok(())
+        } else {
+            Err(found)
+        }
+    })
+    .await;
+    delete_everything(&space).await;
+    with_own_disk(&space).await;
+}
+
+/// Gives the agent a file system of 48 MiB, on which nothing is yet.
+async fn with_small_disk(space: &Space) {
+    delete_everything(space).await;
+    kill(space.testbed, "agent/n1").await;
+    let script =
+        "systemctl stop kari-proxy && mount -t tmpfs -o size=48M,mode=755 tmpfs /var/lib/kari";
+    space.on(NODE, &["sh", "-c", script]).await;
+    start(space.testbed, "agent/n1").await;
+}
+
+async fn with_own_disk(space: &Space) {
+    kill(space.testbed, "agent/n1").await;
+    let script = "systemctl stop kari-proxy && umount -l /var/lib/kari";
+    space.on(NODE, &["sh", "-c", script]).await;
+    start(space.testbed, "agent/n1").await;
+}
+
+/// No Deployment of any test is left on the node.
+async fn delete_everything(space: &Space) {
+    space
+        .testbed
+        .kubectl(["delete", "kd", "--all", "--all-namespaces"])
+        .await
+        .expect("kubectl");
+    until("nothing is deployed", DEPLOY_LIMIT, || async {
+        let releases = space
+            .testbed
+            .kubectl(["get", "krel", "--all-namespaces", "--no-headers"]);
+        match releases.await {
+            Ok(text) if text.trim().is_empty() => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+}
+
+async fn free_bytes(space: &Space) -> u64 {
+    let df = space
+        .on(NODE, &["df", "--output=avail", "-B1", "/var/lib/kari"])
+        .await;
+    df.lines()
+        .last()
+        .and_then(|line| line.trim().parse().ok())
+        .expect("bytes")
+}
+
+/// Fills the agent's disk but for so many bytes.
+async fn fill(space: &Space, leave: u64) {
+    let bytes = free_bytes(space).await.saturating_sub(leave).to_string();
+    let file = format!("/var/lib/kari/fill-{leave}-{bytes}");
+    space.on(NODE, &["fallocate", "-l", &bytes, &file]).await;
 }

@@ -270,7 +270,7 @@ fn repository(name: &str) -> (String, String) {
 fn commit(name: &str, text: &str) -> String {
     let folder = format!("/srv/git/{name}");
     sh(&format!(
-        "cd {folder} && echo {text} >file && mkdir -p app && echo {text} >app/inner && git add . && git commit -qm {text} && git rev-parse HEAD"
+        "cd {folder} && echo {text} >file && mkdir -p app && echo {text} >app/inner && git add . && git commit -qm '{text}' && git rev-parse HEAD"
     ))
     .trim()
     .to_owned()
@@ -370,6 +370,65 @@ async fn apps_share_a_fetch_and_a_further_commit_is_fetched_into_the_same_mirror
             .unwrap()
             .is_none()
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_packs_become_one_and_what_is_held_for_nobody_goes() {
+    in_node!();
+    let node = Node::new(2).await;
+    let (url, first) = repository("upkeep");
+    let (moved, other) = repository("moved");
+    let _server = Server::start().await;
+    let packs = || {
+        let mirror = node.mirror(&url);
+        let count = sh(&format!(
+            "ls {}/objects/pack/*.pack | wc -l",
+            mirror.display()
+        ));
+        count.trim().parse::<usize>().unwrap()
+    };
+    let app = node.want("web.upkeep", &url, &first);
+    node.until_ready(&app).await;
+    let mut last = first;
+    for round in 0..11 {
+        last = commit("upkeep", &format!("round {round}"));
+        node.want("web.upkeep", &url, &last);
+        node.until_ready(&app).await;
+    }
+    let before = packs();
+    assert!(before >= 10, "{before} packs");
+    node.mirrors.tidy().await.unwrap();
+    assert_eq!(packs(), 1);
+    assert!(
+        node.systemd
+            .get_unit_state(&Node::unit(&url))
+            .await
+            .unwrap()
+            .is_none()
+    );
+    let tree = node.check_out(&app, &url, &last, false).await;
+    assert_eq!(fs::read_to_string(tree.join("file")).unwrap(), "round 10\n");
+    let started = Node::starts(&url);
+    node.mirrors.tidy().await.unwrap();
+    assert_eq!(
+        Node::starts(&url),
+        started,
+        "what is in order is left alone"
+    );
+
+    // The app comes from elsewhere now. Nothing that somebody wants goes, whatever the records say.
+    node.want("web.upkeep", &moved, &other);
+    node.until_ready(&app).await;
+    let source = |url: &str| SourceUrl::parse(url).unwrap();
+    let uses = [(app.clone(), source(&url))].into();
+    assert_eq!(node.mirrors.collect(&uses).await.unwrap(), 0);
+    assert!(node.mirror(&url).exists() && node.mirror(&moved).exists());
+    let uses = [(app.clone(), source(&moved))].into();
+    assert!(node.mirrors.collect(&uses).await.unwrap() >= 1);
+    assert!(!node.mirror(&url).exists() && node.mirror(&moved).exists());
+    node.mirrors.unwant(&app);
+    assert_eq!(node.mirrors.collect(&[].into()).await.unwrap(), 1);
+    assert!(!node.mirror(&moved).exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]

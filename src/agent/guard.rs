@@ -25,14 +25,14 @@ use crate::runtime::error_chain;
 /// Between two looks at the disk while builds run: a build can write a gigabyte in a second.
 const DISK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// From a signal of the proxy's unit to a look at it.
-const SETTLE_INTERVAL: Duration = Duration::from_millis(500);
-
 /// Between two times that what nothing refers to is looked for because the disk is short of room.
 const HASTE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How often what nothing on the node refers to is looked for.
 const COLLECT_INTERVAL: Duration = Duration::from_secs(600);
+
+/// From a signal of the proxy's unit to a look at it.
+const SETTLE_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Between two looks whether builds run.
 const IDLE_INTERVAL: Duration = Duration::from_secs(3);
@@ -235,7 +235,13 @@ pub async fn watch_disk(node: Arc<Node>) {
                 node.collect.notify_one();
             }
             Some(_) => {}
-            None => hastened = None,
+            None => {
+                if hastened.take().is_some() {
+                    info!("there is room on the disk again");
+                    node.collect.notify_one();
+                    node.wake_all();
+                }
+            }
         }
         if let Some(message) = disk.and_then(|disk| disk.severe_shortage(&DiskReserve::DEFAULT)) {
             stop_writers(&node, &builds, &message).await;

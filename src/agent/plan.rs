@@ -359,7 +359,7 @@ fn record_commit(observed: &Observed, attempt: &AttemptRecord) -> Vec<Step> {
 /// A failed or superseded attempt is taken back: its build, the traffic, its units.
 fn undo(observed: &Observed, attempt: &AttemptRecord) -> Plan {
     let progress = match &attempt.outcome {
-        Some(Outcome::Failed { failure, .. }) => Progress::Failed(failure.clone()),
+        Some(Outcome::Failed { failure, .. }) => taking_back(observed, attempt, failure),
         Some(Outcome::Superseded { .. } | Outcome::Committed { .. }) | None => Progress::At(
             Phase::Pending,
             "taking back what a newer wish replaces".to_owned(),
@@ -367,16 +367,10 @@ fn undo(observed: &Observed, attempt: &AttemptRecord) -> Plan {
     };
     if !attempt.stopped_old.is_empty() {
         let (mut plan, is_done) = recreate::give_back(observed, attempt);
-        // The node does not serve yet: the failure is told when it does.
-        plan.progress = Progress::At(
-            Phase::Starting,
-            match progress {
-                Progress::Failed(failure) => {
-                    format!("the old release is started again: {}", failure.message)
-                }
-                _ => "the old release is started again".to_owned(),
-            },
-        );
+        if let Progress::At(_, what) = progress {
+            let what = format!("the old release is started again: {what}");
+            plan.progress = Progress::At(Phase::Starting, what);
+        }
         if is_done {
             plan.steps.push(undone(attempt));
         }
@@ -438,6 +432,18 @@ fn undone(attempt: &AttemptRecord) -> Step {
         stopped_old: vec![],
         ..attempt.clone()
     }))
+}
+
+/// The failure is told as one when it is recorded and taken back: by then the node serves what it served.
+fn taking_back(
+    observed: &Observed,
+    attempt: &AttemptRecord,
+    failure: &RecordedFailure,
+) -> Progress {
+    Progress::At(
+        phase_of(observed, attempt),
+        format!("taking back what failed: {}", failure.message),
+    )
 }
 
 fn end(attempt: &AttemptRecord, outcome: Outcome, progress: Progress) -> Plan {

@@ -302,8 +302,10 @@ pub struct DiskSpace {
 /// What builds leave free on the disk. No build starts below it; below half of it the youngest is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskReserve {
-    /// Of the bytes, in percent.
+    /// Of the bytes, in percent…
     pub bytes_percent: u64,
+    /// …but no more than this many bytes: what a build can write between two looks does not grow with the disk.
+    pub bytes_at_most: u64,
     /// At least this many bytes…
     pub bytes_at_least: u64,
     /// …but never more than this many percent, so that a small disk is usable.
@@ -316,6 +318,7 @@ impl DiskReserve {
     /// A build can write a gigabyte between two looks at the disk, hence gigabytes.
     pub const DEFAULT: Self = Self {
         bytes_percent: 5,
+        bytes_at_most: 10 << 30,
         bytes_at_least: 5 << 30,
         bytes_at_least_percent: 10,
         inodes_percent: 5,
@@ -336,11 +339,11 @@ impl DiskSpace {
     fn shortage_below(&self, reserve: &DiskReserve, divisor: u64) -> Option<String> {
         const MIB: u64 = 1 << 20;
         let percent_of = |percent: u64, all: u64| all / 100 * percent;
-        let bytes = percent_of(reserve.bytes_percent, self.bytes).max(
-            reserve
-                .bytes_at_least
-                .min(percent_of(reserve.bytes_at_least_percent, self.bytes)),
-        ) / divisor;
+        let share = percent_of(reserve.bytes_percent, self.bytes).min(reserve.bytes_at_most);
+        let least = reserve
+            .bytes_at_least
+            .min(percent_of(reserve.bytes_at_least_percent, self.bytes));
+        let bytes = share.max(least) / divisor;
         let inodes = percent_of(reserve.inodes_percent, self.inodes) / divisor;
         if self.bytes_free < bytes {
             Some(format!(
@@ -444,9 +447,11 @@ mod tests {
             inodes_free: 500,
         };
         for (space, short, severe) in [
-            (space(1000, 60), false, false), // 5 % are 50 GiB
-            (space(1000, 40), true, false),
-            (space(1000, 20), true, true),
+            (space(1000, 11), false, false), // 5 % are 50 GiB, but 10 GiB are enough
+            (space(1000, 9), true, false),
+            (space(1000, 4), true, true),
+            (space(160, 9), false, false), // 5 % are 8 GiB
+            (space(160, 7), true, false),
             (space(60, 6), false, false), // at least 5 GiB
             (space(60, 4), true, false),
             (space(10, 2), false, false), // but at most a tenth

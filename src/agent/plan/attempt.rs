@@ -7,7 +7,7 @@ use super::recreate::{BeforeSwitch, before_switch, make_way, recreates};
 use super::traffic::{Traffic, attempt_virtual_host, traffic};
 use super::{
     BUILD_TRIES, Plan, Progress, Step, build_unit, committed, failure, phase_of, record_commit,
-    unit_names, waiting,
+    taking_back, unit_names, waiting,
 };
 use crate::agent::host::records::{
     AttemptRecord, Outcome, ProcessRecord, RecordedFailure, StepResult,
@@ -102,7 +102,7 @@ impl Next {
         };
         Self {
             steps: vec![Step::WriteAttempt(Box::new(ended))],
-            progress: Progress::Failed(failure),
+            progress: taking_back(observed, attempt, &failure),
             wake: None,
         }
     }

@@ -171,6 +171,48 @@ async fn a_probe_that_a_killed_agent_left_is_ended_by_the_next() {
 }
 
 #[tokio::test]
+async fn a_host_that_a_killed_agent_had_claimed_for_an_attempt_is_nobody_elses() {
+    let _alone = ALONE.lock().await;
+    let space = Space::new(support::testbed(1).await, "claim").await;
+    let host = "claim.example.com";
+    let server = app::SERVER.replace(
+        "server = Server(",
+        "import time\nwhile not os.path.exists(os.environ['HOME'] + '/go'): time.sleep(0.1)\nserver = Server(",
+    );
+    let files = folder(&[("server.py", server.as_str()), ("message", "first")]);
+    let slow = space.push("slow", files.path());
+    let mut first = app::manifest("first", &slow.url, host);
+    first["spec"]["processes"][0]["stateDirectory"] = json!(true);
+    first["spec"]["processes"][0]["readinessProbe"]["failureThreshold"] = json!(600);
+    space.apply(&first).await;
+    let unit = format!("kari.{}.first.web.*.service", space.namespace);
+    until("the first one's process starts", DEPLOY_LIMIT, || async {
+        let list = ["systemctl", "list-units", "--plain", "--no-legend", &unit];
+        let units = space.on(NODE, &list).await;
+        if units.is_empty() { Err(units) } else { Ok(()) }
+    })
+    .await;
+    kill(space.testbed, "agent/n1").await;
+    let files = folder(&app::files("second"));
+    let quick = space.push("quick", files.path());
+    space
+        .apply(&app::manifest("second", &quick.url, host))
+        .await;
+    start(space.testbed, "agent/n1").await;
+    space
+        .deployment_until("second", "told who has its host", DEPLOY_LIMIT, |d| {
+            let conditions = d.status.clone().unwrap_or_default().conditions;
+            let stalled = conditions.iter().find(|c| c.type_ == "Stalled");
+            stalled.is_some_and(|c| c.reason == "RouteConflict" && c.message.contains("/first"))
+        })
+        .await;
+    let state = format!("/var/lib/kari/apps/{}.first/state/web/go", space.namespace);
+    space.on(NODE, &["touch", &state]).await;
+    space.ready_at("first", &slow.commit).await;
+    assert_eq!(space.get(NODE, host).await, Ok((200, "first".into())));
+}
+
+#[tokio::test]
 async fn a_node_that_reboots_without_agent_and_api_comes_up_serving() {
     let _alone = ALONE.lock().await;
     let space = Space::new(support::testbed(1).await, "reboot").await;

@@ -30,6 +30,7 @@ const HASTE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How often what nothing on the node refers to is looked for.
 const COLLECT_INTERVAL: Duration = Duration::from_secs(600);
+
 /// From a signal of the proxy's unit to a look at it.
 const SETTLE_INTERVAL: Duration = Duration::from_millis(500);
 

@@ -9,6 +9,8 @@
 
 mod support;
 
+use k8s_openapi::api::core::v1::Secret;
+use kube::api::{Api, Patch, PatchParams};
 use serde_json::json;
 use support::{DEPLOY_LIMIT, LIMIT, Space, app, folder, is, until};
 use testbed::{Part, Testbed};
@@ -218,13 +220,24 @@ async fn a_node_that_reboots_without_agent_and_api_comes_up_serving() {
     let space = Space::new(support::testbed(1).await, "reboot").await;
     let files = folder(&app::files("one"));
     let repository = space.push("shop", files.path());
-    space
-        .apply(&app::manifest(
-            "shop",
-            &repository.url,
-            "reboot.example.com",
-        ))
-        .await;
+    let secret = json!({
+        "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "shop"}, "stringData": {"more": "secret"},
+    });
+    let secrets: Api<Secret> = Api::namespaced(space.client.clone(), &space.namespace);
+    let params = PatchParams::apply("test");
+    secrets
+        .patch("shop", &params, &Patch::Apply(&secret))
+        .await
+        .expect("a Secret");
+    let mut manifest = app::manifest("shop", &repository.url, "reboot.example.com");
+    manifest["spec"]["env"] =
+        json!([{"name": "MORE", "valueFrom": {"secretKeyRef": {"name": "shop", "key": "more"}}}]);
+    manifest["spec"]["processes"][0]["command"] = json!([
+        "sh",
+        "-c",
+        "test \"$MORE\" = secret && exec python3 server.py"
+    ]);
+    space.apply(&manifest).await;
     space.ready_at("shop", &repository.commit).await;
     kill(space.testbed, "agent/n1").await;
     kill(space.testbed, "apiserver").await;

@@ -32,8 +32,8 @@ fn good() -> Value {
                 "allowRewind": false,
                 "intervalSeconds": 60,
             }},
-            "env": [{"name": "LOG", "value": "info"}, {"name": "LEVEL", "valueFrom": {"configMapKeyRef": {"name": "shop", "key": "level", "optional": true}}}],
-            "envFrom": [{"configMapRef": {"name": "shop", "optional": true}, "prefix": "SHOP_"}],
+            "env": [{"name": "LOG", "value": "info"}, {"name": "LEVEL", "valueFrom": {"configMapKeyRef": {"name": "shop", "key": "level", "optional": true}}}, {"name": "DB", "valueFrom": {"secretKeyRef": {"name": "shop", "key": "url"}}}],
+            "envFrom": [{"configMapRef": {"name": "shop", "optional": true}, "prefix": "SHOP_"}, {"secretRef": {"name": "shop"}}],
             "build": {
                 "run": "npm ci\nnpm run build",
                 "env": [{"name": "npm_config_cache", "value": ".cache/npm"}],
@@ -322,6 +322,35 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
             "variables from nothing",
             with("/spec/envFrom/0", json!({})),
             "set exactly one kind of reference: configMapRef",
+        ),
+        (
+            "a variable from two kinds",
+            with(
+                "/spec/env/1/valueFrom",
+                json!({"configMapKeyRef": {"name": "a", "key": "b"}, "secretKeyRef": {"name": "a", "key": "b"}}),
+            ),
+            "set exactly one kind of reference: configMapKeyRef or secretKeyRef",
+        ),
+        (
+            "a Secret in capitals",
+            with("/spec/envFrom/1/secretRef/name", json!("Shop")),
+            "secretRef.name",
+        ),
+        (
+            "variables from two kinds",
+            with(
+                "/spec/envFrom/1",
+                json!({"configMapRef": {"name": "a"}, "secretRef": {"name": "a"}}),
+            ),
+            "set exactly one kind of reference: configMapRef or secretRef",
+        ),
+        (
+            "a Secret for the build",
+            with(
+                "/spec/build/env/0",
+                json!({"name": "A", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}),
+            ),
+            "a build gets no Secrets",
         ),
         (
             "a range with a newline",

@@ -12,6 +12,7 @@ mod support;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -22,7 +23,8 @@ use kari::api::{Release, ReleaseSpec};
 use kari::seal::{Binding, NodeKey, SecretBytes, seal};
 use kube::api::{Api, DeleteParams, Patch, PatchParams};
 use serde_json::{Value, json};
-use support::{DEPLOY_LIMIT, LIMIT, Space, app, folder, is, reason, until};
+use support::traffic::Traffic;
+use support::{DEPLOY_LIMIT, LIMIT, Lab, Space, app, folder, is, reason, until};
 use testbed::Options;
 
 const NODE: &str = "n1";
@@ -116,7 +118,23 @@ async fn suspend(space: &Space, manifest: &mut Value, suspended: bool) {
         .await;
 }
 
-#[tokio::test]
+/// 200 requests a second, as a busy app has them.
+fn traffic(space: &Space, host: &str) -> Traffic {
+    Traffic::start(Lab(space.testbed), space.proxy(NODE), host, 200, 20)
+}
+
+async fn no_request_failed(traffic: Traffic) {
+    let tally = traffic.stop().await;
+    println!(
+        "{} requests answered, {} failed",
+        tally.good,
+        tally.failed.len()
+    );
+    assert_eq!(tally.failed, Vec::<String>::new());
+    assert!(tally.good > 100, "{}", tally.good);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn another_value_rolls_out_without_a_build_and_restarts_only_who_has_it() {
     let space = space("rotate").await;
     let host = format!("{}.example.com", space.namespace);
@@ -139,6 +157,7 @@ async fn another_value_rolls_out_without_a_build_and_restarts_only_who_has_it() 
         manifest_of(&space, &repository.url, &host),
         "cat /proc/sys/kernel/random/uuid > built; env > seen",
     );
+    manifest["spec"]["source"]["git"]["intervalSeconds"] = json!(10);
     manifest["spec"]["env"] = json!([]);
     manifest["spec"]["processes"][0]["command"] = json!(["sh", "serve.sh"]);
     manifest["spec"]["processes"][0]["env"] = json!([from_secret("MESSAGE", "shop", "message")]);
@@ -156,9 +175,13 @@ async fn another_value_rolls_out_without_a_build_and_restarts_only_who_has_it() 
     let worker = main_pid(&space, "worker").await;
     let web = main_pid(&space, "web").await;
 
+    // Nobody asks for a look: the interval is 10 s, and the rollout may take 30.
+    let traffic = traffic(&space, &host);
     secret(&space, "shop", json!({"message": "two"})).await;
-    space.request_look("shop").await;
+    let changed = tokio::time::Instant::now();
     says(&space, &host, &format!("{built} two more")).await;
+    let after = changed.elapsed();
+    assert!(after < Duration::from_secs(11 + 30), "{after:?}");
     space.ready_at("shop", &repository.commit).await;
     assert_eq!(
         main_pid(&space, "worker").await,
@@ -166,9 +189,10 @@ async fn another_value_rolls_out_without_a_build_and_restarts_only_who_has_it() 
         "it does not have the variable"
     );
     assert_ne!(main_pid(&space, "web").await, web);
+    no_request_failed(traffic).await;
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn another_key_of_the_node_has_all_sealed_anew_and_restarts_nothing() {
     let space = space("key").await;
     let host = format!("{}.example.com", space.namespace);
@@ -180,6 +204,7 @@ async fn another_key_of_the_node_has_all_sealed_anew_and_restarts_nothing() {
         .await;
     space.ready_at("shop", &repository.commit).await;
     let (pid, before) = (main_pid(&space, "web").await, release(&space).await.spec);
+    let traffic = traffic(&space, &host);
     let kari = env!("CARGO_BIN_EXE_kari");
     let said = space.on(NODE, &[kari, "agent", "rotate-key"]).await;
     let id = said.split_once("key is ").expect(&said).1[..16].to_owned();
@@ -207,6 +232,7 @@ async fn another_key_of_the_node_has_all_sealed_anew_and_restarts_nothing() {
     .await;
     assert_eq!(main_pid(&space, "web").await, pid);
     assert_eq!(space.get(NODE, &host).await, Ok((200, "sealed".into())));
+    no_request_failed(traffic).await;
     until("the old key is gone", LIMIT, || async {
         let file = space.on(NODE, &["cat", "/var/lib/kari/node.key"]).await;
         let keys: Value = serde_json::from_str(&file).expect("JSON");
@@ -264,6 +290,16 @@ async fn going_back_to_what_the_node_retains_needs_no_secret_and_what_is_moved_d
     space
         .release_until("shop", NODE, "back", LIMIT, serves(id))
         .await;
+
+    // The node has it of its own now, sealed by itself.
+    let applied = format!("/var/lib/kari/apps/{}.shop/applied.json", space.namespace);
+    let applied: Value =
+        serde_json::from_str(&space.on(NODE, &["cat", &applied]).await).expect("JSON");
+    let sealed = &applied["release"]["sealed"][0];
+    assert!(
+        sealed["digest"] == json!(old.sealed[0].digest) && sealed["data"].is_string(),
+        "{sealed}"
+    );
 
     // What does not open here harms nothing that runs.
     let other = NodeKey::generate();
@@ -598,6 +634,19 @@ async fn planted_secrets_are_found_with_their_process_and_nowhere_else() {
             )
         })
         .await;
+
+    // A crash leaves no memory behind.
+    let pid = main_pid(&space, "web").await;
+    space.on(NODE, &["kill", "-ABRT", pid.trim()]).await;
+    until("it runs again", LIMIT, || async {
+        let again = main_pid(&space, "web").await;
+        let runs = again.trim() != pid.trim() && again.trim() != "0";
+        if runs { Ok(()) } else { Err(again) }
+    })
+    .await;
+    let units = format!("kari.{}.shop.*.service", space.namespace);
+    let words = ["systemctl", "show", "--value", "-p", "LimitCORE", &units];
+    assert_eq!(space.on(NODE, &words).await.trim(), "0");
 
     let mut search = Search::of(&planted);
     // The planted values are there to be found: in the process that has them.

@@ -19,7 +19,7 @@ use crate::{
     error::{Context, Error, Result},
     network, node, plane,
     process::{self, Process},
-    program,
+    program::{self, ControlPlane},
     state::{Description, Directory, NodeName, Part, write_file},
     toolchains::{Toolchain, tool_path},
     wait::{Seen, until},
@@ -39,9 +39,25 @@ const FORK_LIMIT: Duration = Duration::from_secs(5);
 /// The most that is read of an answer to a health request, in bytes.
 const ANSWER_LIMIT: u64 = 64 * 1024;
 
+/// The chart's folder, beside this crate's.
+const CHART: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/kari");
+
 /// The text that `kari crd` prints.
 pub fn crds() -> Result<String> {
     process::run(Command::new(program::kari()?).arg("crd"))
+}
+
+/// The chart with which Kari is installed, rendered: its rules are in force in every testbed.
+pub fn chart(plane: &ControlPlane) -> Result<String> {
+    let helm = plane
+        .component("helm")
+        .unwrap_or_else(|| PathBuf::from("helm"));
+    let image = "--set=image.repository=kari.invalid/kari";
+    process::run(
+        Command::new(helm)
+            .args(["template", "kari", CHART, "--no-hooks", image])
+            .arg(format!("--namespace={NAMESPACE}")),
+    )
 }
 
 /// Gives a program files of its own in place of what the machine trusts: `folder program arguments…`.

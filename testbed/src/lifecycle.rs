@@ -84,6 +84,10 @@ async fn start_parts(
     // What asks the machine first, beside what starts.
     let kari_program = program::kari()?;
     let crds = tokio::task::spawn_blocking(kari::crds);
+    let chart = tokio::task::spawn_blocking({
+        let plane = plane.clone();
+        move || kari::chart(&plane)
+    });
     let toolchains = tokio::task::spawn_blocking(toolchains::find);
     network::start(directory, description).await?;
     pki::create(directory, description)?;
@@ -96,6 +100,7 @@ async fn start_parts(
         node::create(directory, name, Some(&kari_program), &toolchains)?;
     }
     let crds = crds.await.map_err(joined)??;
+    let chart = chart.await.map_err(joined)??;
     let names = description.node_names();
     let boots = futures::future::try_join_all(
         names
@@ -107,7 +112,7 @@ async fn start_parts(
         let client = plane::client(directory).await?;
         cluster::apply_crds(&client, &crds).await?;
         plane::start_controller_manager(directory, description, plane)?;
-        cluster::apply_rules(&client).await?;
+        cluster::apply_rules(&client, &chart).await?;
         for &name in &names {
             cluster::add_node(&client, directory, description, name).await?;
         }

@@ -151,6 +151,7 @@ async fn start_with_kubelets(
     for name in description.node_names() {
         kubelet::wait_ready(&client, directory, name).await?;
     }
+    plane::wait_dns(directory, description).await?;
     wait_controller_manager(directory, &client).await
 }
 

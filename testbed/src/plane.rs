@@ -22,6 +22,9 @@ use crate::{
 /// How long the API server may take, on a busy machine too: it needs 3 s.
 const APISERVER_LIMIT: Duration = Duration::from_secs(60);
 
+/// How long CoreDNS may take: it waits 5 s for the API server's first lists.
+const DNS_LIMIT: Duration = Duration::from_secs(30);
+
 /// Where kube-scheduler answers health requests.
 pub const SCHEDULER: SocketAddrV4 = SocketAddrV4::new(network::GATEWAY, 10259);
 
@@ -237,6 +240,27 @@ pub fn start_dns(
         &[path.display().to_string()],
     )
     .map(drop)
+}
+
+/// Waits until the cluster's DNS takes questions.
+pub async fn wait_dns(directory: &Directory, description: &Description) -> Result<()> {
+    let namespace = network::namespace(directory, description)?;
+    let process = directory.process(Part::Dns)?;
+    until(
+        "the cluster's DNS does not answer",
+        DNS_LIMIT,
+        || directory.log_tail(Part::Dns),
+        async || {
+            if !process.is_some_and(Process::is_alive) {
+                return Seen::Never("its process ended".to_owned());
+            }
+            match network::connect(namespace.clone(), DNS).await {
+                Ok(_) => Seen::Ready(()),
+                Err(error) => Seen::NotYet(error.to_string()),
+            }
+        },
+    )
+    .await
 }
 
 /// What kube-controller-manager and kube-scheduler are told alike.

@@ -342,7 +342,10 @@ impl Testbed {
             Part::Scheduler => {
                 plane::start_scheduler(directory, description, &ControlPlane::ensure()?)
             }
-            Part::Dns => plane::start_dns(directory, description, &ControlPlane::ensure()?),
+            Part::Dns => {
+                plane::start_dns(directory, description, &ControlPlane::ensure()?)?;
+                plane::wait_dns(directory, description).await
+            }
             Part::Git => git::start(directory, description).await,
             Part::Controller => {
                 kari::start_controller(directory, description)?;

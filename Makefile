@@ -37,7 +37,7 @@ build: prerequisites ## the programs and the testbed, for development
 	cargo build --workspace --locked
 
 .PHONY: generate
-generate: prerequisites ## write crds/ and docs/api.md anew from the Rust types
+generate: prerequisites ## write crds/, docs/api.md and the chart's copies and page anew
 	KARI_WRITE_GENERATED=1 cargo test --quiet --locked --test generated
 
 .PHONY: clean
@@ -64,5 +64,5 @@ check-scripts: prerequisites
 
 .PHONY: check-generated
 check-generated: generate
-	@git diff --exit-code -- crds docs/api.md || \
-	  { echo "crds/ and docs/api.md are older than the Rust types: commit what \`make generate\` wrote." >&2; exit 1; }
+	@git diff --exit-code -- crds docs/api.md charts || \
+	  { echo "Generated files are older than what they are made from: commit what \`make generate\` wrote." >&2; exit 1; }

@@ -12,3 +12,4 @@ pub mod runtime;
 #[cfg(test)]
 mod simulation;
 pub mod telemetry;
+pub mod uninstall;

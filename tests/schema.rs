@@ -13,6 +13,12 @@ use kube::api::{Api, DynamicObject, Patch, PatchParams, PostParams};
 use kube::core::{ApiResource, GroupVersionKind};
 use serde_json::{Value, json};
 
+/// A namespace in which the schema alone decides, not the policy on sandboxes.
+async fn privileged_space() -> support::Space {
+    let label = [("kari.dev/sandbox", "privileged")];
+    support::Space::labelled(support::control_plane().await, "schema", &label).await
+}
+
 /// A manifest that uses every field, to be broken in one place at a time.
 fn good() -> Value {
     json!({
@@ -805,7 +811,7 @@ async fn bad_manifests_are_refused_with_a_message_that_says_what_to_change() {
 
 #[tokio::test]
 async fn good_manifests_are_taken_and_read_back() {
-    let space = support::Space::new(support::control_plane().await, "schema").await;
+    let space = privileged_space().await;
     let api = api(space.client.clone(), &space.namespace);
     for (number, (what, mut manifest)) in accepted().into_iter().enumerate() {
         manifest["metadata"]["name"] = json!(format!("good-{number}"));
@@ -828,7 +834,7 @@ async fn good_manifests_are_taken_and_read_back() {
 
 #[tokio::test]
 async fn a_reference_changes_its_kind_by_server_side_apply_and_by_merge() {
-    let space = support::Space::new(support::control_plane().await, "schema").await;
+    let space = privileged_space().await;
     let api = api(space.client.clone(), &space.namespace);
     let parameters = PatchParams::apply("test").force();
     let kinds = [

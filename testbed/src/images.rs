@@ -8,13 +8,15 @@ use std::{
 
 use crate::{
     error::{Context, Error, Result},
-    node,
-    process,
+    node, process, program,
     state::{Description, Directory, write_file},
 };
 
 /// The image of what holds a Pod's namespaces.
 pub const PAUSE: &str = "kari.invalid/pause:testbed";
+
+/// Kari's own.
+pub const KARI: &str = "kari.invalid/kari:testbed";
 
 /// It does nothing but end when it is asked to.
 const PAUSE_SOURCE: &str = "#include <signal.h>
@@ -47,6 +49,20 @@ pub fn make_pause(directory: &Directory) -> Result<PathBuf> {
             .args(["--name", PAUSE, "--entrypoint", "/pause"])
             .arg(&root)
             .arg(&archive),
+    )?;
+    Ok(archive)
+}
+
+/// Makes Kari's image of the program that was built, and returns its archive.
+pub fn make_kari(directory: &Directory, name: &str) -> Result<PathBuf> {
+    directory.make_folder("images")?;
+    let archive = directory.join("images/kari.tar");
+    let script = Path::new(SCRIPTS).join("image.sh");
+    process::run(
+        Command::new(script)
+            .arg(program::kari()?)
+            .arg(&archive)
+            .arg(name),
     )?;
     Ok(archive)
 }

@@ -94,6 +94,11 @@ async fn start_parts(
     if description.kubelet {
         return start_with_kubelets(directory, description, plane, &toolchains).await;
     }
+    let crds = tokio::task::spawn_blocking(kari::crds);
+    let chart = tokio::task::spawn_blocking({
+        let plane = plane.clone();
+        move || kari::chart(&plane)
+    });
     let kari_program = program::kari()?;
     for name in description.node_names() {
         let binds = vec![(kari_program.clone(), node::KARI_PROGRAM.into())];
@@ -102,12 +107,12 @@ async fn start_parts(
     let names = description.node_names();
     let boots = boot_all(directory, description);
     let cluster = async {
-        let crds = tokio::task::spawn_blocking(kari::crds);
         plane::wait_apiserver(directory).await?;
         let client = plane::client(directory).await?;
         cluster::apply_crds(&client, &crds.await.map_err(joined)??).await?;
         plane::start_controller_manager(directory, description, plane)?;
-        cluster::apply_rules(&client).await?;
+        let chart = chart.await.map_err(joined)??;
+        cluster::apply_rules(&client, &chart).await?;
         for &name in &names {
             cluster::add_node(&client, directory, description, name).await?;
         }
@@ -152,7 +157,11 @@ async fn start_with_kubelets(
         kubelet::wait_ready(&client, directory, name).await?;
     }
     plane::wait_dns(directory, description).await?;
-    wait_controller_manager(directory, &client).await
+    wait_controller_manager(directory, &client).await?;
+    if description.kari {
+        kari::install(directory, description, plane, toolchains).await?;
+    }
+    Ok(())
 }
 
 async fn boot_all(directory: &Directory, description: &Description) -> Result<()> {

@@ -6,6 +6,7 @@ It needs no registry, no daemon and no root. The same files give the same bytes:
 names are sorted, all times are 0, all belongs to root, nothing is compressed."""
 
 import argparse
+import functools
 import hashlib
 import io
 import json
@@ -112,6 +113,7 @@ def encode(value):
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
+@functools.cache
 def digest(content):
     return "sha256:" + hashlib.sha256(content).hexdigest()
 

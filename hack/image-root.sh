@@ -52,6 +52,7 @@ make_tree() {
     local link
     mkdir -p "$root"/usr/{bin,sbin,lib,lib64,share/kari} "$root"/{dev,etc,proc,run,sys,tmp,var/lib}
     chmod 1777 "$root/tmp"
+    ln -s /run "$root/var/run" # where programs look for the system bus
     for link in bin sbin lib lib64; do ln -s "usr/$link" "$root/$link"; done
     cat >"$root/etc/passwd" <<PASSWD
 root:x:0:0:root:/root:/usr/sbin/nologin

@@ -81,23 +81,25 @@ def rust_components():
 
 
 def debian_packages(paths):
-    """The name and version of the package of each file, by name."""
-    names = set()
+    """The version and architecture of the package of each file, by the package's name."""
+    # A package may have put a file below /lib that is now below /usr/lib, and the reverse.
+    candidates = {}
     for path in paths:
-        # A package may have put a file below /lib that is now below /usr/lib, and the reverse.
         real = os.path.realpath(path)
-        candidates = {path, real, real.removeprefix("/usr"), "/usr" + path}
-        found = subprocess.run(
-            ["dpkg-query", "--search", *sorted(candidates)],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        ).stdout
-        owners = re.findall(r"^([^\s,]+): ", found, re.MULTILINE)
-        if owners:
-            names.add(owners[0])
-        elif path == "/etc/ssl/certs/ca-certificates.crt":
-            names.add("ca-certificates")  # it writes this file when it is installed
-        else:
+        candidates[path] = {path, real, real.removeprefix("/usr"), "/usr" + path}
+    found = subprocess.run(
+        ["dpkg-query", "--search", *sorted(set().union(*candidates.values()))],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    ).stdout
+    owners = {path: owner for owner, path in re.findall(r"^([^\s,]+): (/.*)$", found, re.MULTILINE)}
+    # It writes this file when it is installed.
+    owners["/etc/ssl/certs/ca-certificates.crt"] = "ca-certificates"
+    names = set()
+    for path, ways in candidates.items():
+        owner = next((owners[way] for way in sorted(ways) if way in owners), None)
+        if owner is None:
             sys.exit(f"image-sbom.py: no Debian package has {path}")
+        names.add(owner)
     answer = run("dpkg-query", "--show", "--showformat=${binary:Package}\t${Version}\t${Architecture}\n", *sorted(names))
     return {line.split("\t")[0]: line.split("\t")[1:] for line in answer.splitlines()}
 

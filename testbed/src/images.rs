@@ -60,9 +60,9 @@ pub fn make_kari(directory: &Directory, name: &str) -> Result<PathBuf> {
     let script = Path::new(SCRIPTS).join("image.sh");
     process::run(
         Command::new(script)
-            .arg(program::kari()?)
             .arg(&archive)
-            .arg(name),
+            .arg(name)
+            .arg(program::kari()?),
     )?;
     Ok(archive)
 }

@@ -16,7 +16,7 @@ main() {
     version=$(sed -n '/^\[workspace.package\]/,/^\[/s/^version = "\(.*\)"/\1/p' Cargo.toml)
     program=${3:-$(build)}
     hack/image-root.sh "$folder/root" "$program"
-    hack/image-archive.py --name "${2:-kari:$version}" --entrypoint /usr/bin/kari \
+    hack/image-archive.py --name "${2:-localhost/kari:$version}" --entrypoint /usr/bin/kari \
         --label org.opencontainers.image.title=kari \
         --label "org.opencontainers.image.version=$version" \
         --label org.opencontainers.image.licenses=Apache-2.0 \

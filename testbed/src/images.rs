@@ -53,18 +53,33 @@ pub fn make_pause(directory: &Directory) -> Result<PathBuf> {
     Ok(archive)
 }
 
-/// Makes Kari's image of the program that was built, and returns its archive.
-pub fn make_kari(directory: &Directory, name: &str) -> Result<PathBuf> {
+/// An image that was made.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// Its archive, which `ctr images import` takes.
+    pub archive: PathBuf,
+    /// The digest of its manifest, `sha256:…`, in which its name has no part.
+    pub digest: String,
+}
+
+/// Makes Kari's image of the program that was built, in the testbed's folder.
+pub fn make_kari(testbed: &Path, name: &str) -> Result<Image> {
+    let directory = Directory::new(testbed)?;
     directory.make_folder("images")?;
     let archive = directory.join("images/kari.tar");
     let script = Path::new(SCRIPTS).join("image.sh");
-    process::run(
+    let printed = process::run(
         Command::new(script)
             .arg(&archive)
             .arg(name)
             .arg(program::kari()?),
     )?;
-    Ok(archive)
+    let digest = printed.split(' ').find(|word| word.starts_with("sha256:"));
+    let digest = digest.ok_or_else(|| Error::State(format!("image.sh printed {printed:?}")))?;
+    Ok(Image {
+        digest: digest.to_owned(),
+        archive,
+    })
 }
 
 /// Imports an archive into the container runtime of every node.

@@ -76,8 +76,8 @@ pub async fn install(
     let helm = plane.required("helm")?;
     let tool_path = tool_path(toolchains);
     let work = move || {
-        let archive = images::make_kari(&directory, images::KARI)?;
-        images::import(&directory, &description, &archive)?;
+        let image = images::make_kari(directory.path(), images::KARI)?;
+        images::import(&directory, &description, &image.archive)?;
         let (repository, tag) = images::KARI.split_once(':').unwrap_or_default();
         let values = json!({
             "image": {"repository": repository, "tag": tag},

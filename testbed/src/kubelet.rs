@@ -217,11 +217,10 @@ fn write_units(directory: &Directory, description: &Description, name: NodeName)
         );
         write_file(&folder.join(&file), text.as_bytes())?;
         let link = wants.join(&file);
-        symlink(format!("../{file}"), &link)
-            .map_err(|source| Error::Io {
-                action: format!("make {}", link.display()),
-                source,
-            })?;
+        symlink(format!("../{file}"), &link).map_err(|source| Error::Io {
+            action: format!("make {}", link.display()),
+            source,
+        })?;
     }
     Ok(())
 }

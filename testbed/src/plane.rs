@@ -39,7 +39,11 @@ pub fn write_kubeconfigs(directory: &Directory, description: &Description) -> Re
         (directory.kubeconfig(), near),
         (directory.pki("lab.kubeconfig"), address),
     ] {
-        let text = pki::kubeconfig(directory, &server.to_string(), &Credentials::Certificate("admin"))?;
+        let text = pki::kubeconfig(
+            directory,
+            &server.to_string(),
+            &Credentials::Certificate("admin"),
+        )?;
         write_file(&path, text.as_bytes())?;
     }
     Ok(())
@@ -120,7 +124,10 @@ pub fn start_apiserver(
     if description.kubelet {
         arguments.extend([
             // For logs, exec and what else goes through the API server to a node.
-            format!("--kubelet-client-certificate={}", file("kubelet-client.crt")),
+            format!(
+                "--kubelet-client-certificate={}",
+                file("kubelet-client.crt")
+            ),
             format!("--kubelet-client-key={}", file("kubelet-client.key")),
             format!("--kubelet-certificate-authority={}", file("ca.crt")),
             "--kubelet-preferred-address-types=InternalIP".to_owned(),

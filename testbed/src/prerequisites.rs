@@ -85,7 +85,9 @@ pub fn ensure(kubelet: bool) -> Result<()> {
     packages.dedup();
     install(&packages)?;
     let left: Vec<&str> = self::missing(kubelet)
-        .iter().map(|(name, _)| *name).collect();
+        .iter()
+        .map(|(name, _)| *name)
+        .collect();
     if left.is_empty() {
         return Ok(());
     }

@@ -12,9 +12,10 @@ mod support;
 
 use std::path::PathBuf;
 
+use futures::future::try_join_all;
 use serde_json::json;
 use support::traffic::Traffic;
-use support::{DEPLOY_LIMIT, LIMIT, Lab, Space};
+use support::{DEPLOY_LIMIT, LIMIT, Lab, Space, until};
 use testbed::{Options, Testbed, images, process};
 
 const NODES: [&str; 2] = ["n1", "n2"];
@@ -55,8 +56,15 @@ async fn the_installation_page_installs_upgrades_removes_and_brings_back_kari() 
 
     page.follow("Uninstall, and install again: helm uninstall")
         .await;
-    let pods = kubectl(testbed, &["get", "pods", "-n", "kari-system", "-o", "name"]).await;
-    assert_eq!(pods, "", "Pods are left");
+    // helm waits for the objects that it made, not for their Pods.
+    until("Kari's Pods are gone", LIMIT, || async {
+        let pods = ["get", "pods", "-n", "kari-system", "-o", "name"];
+        match kubectl(testbed, &pods).await.as_str() {
+            "" => Ok(()),
+            left => Err(left.to_owned()),
+        }
+    })
+    .await;
     assert_eq!(self::processes(&space).await, processes, "restarted");
     for node in NODES {
         let answer = space.get(node, HOST).await;
@@ -298,6 +306,7 @@ impl Page {
             !blocks.is_empty(),
             "the page has no commands in {section:?} {part:?}"
         );
+        let begin = std::time::Instant::now();
         let mut printed = String::new();
         for block in blocks {
             match block.place {
@@ -310,13 +319,15 @@ impl Page {
                     }
                 }
                 Place::EachNode => {
-                    for node in self.testbed.nodes() {
-                        let done = node.output(["sh", "-euxc", &block.commands]).await;
-                        done.unwrap_or_else(|e| panic!("{}: {e}", node.name()));
-                    }
+                    let nodes = self.testbed.nodes();
+                    let done = nodes
+                        .iter()
+                        .map(|node| node.output(["sh", "-euxc", &block.commands]));
+                    try_join_all(done).await.unwrap_or_else(|e| panic!("{e}"));
                 }
             }
         }
+        println!("==> {section}: {:.1} s", begin.elapsed().as_secs_f32());
         printed
     }
 

@@ -28,9 +28,19 @@ coverage: prerequisites ## which lines of the planners the unit tests reach, and
 check: check-rust check-dependencies check-scripts check-generated check-chart ## formatting, lints, licences, generated files, the chart; what CI runs before the tests
 
 .PHONY: check-long
-check-long: build ## what is too long for `make test`, or needs a package registry: third-party servers, 20 testbeds in a row
+check-long: build ## what is too long for `make test`, or needs a package registry: third-party servers, 20 testbeds in a row, the image twice
 	hack/third-party.sh
 	hack/up-down.sh
+	hack/image-twice.sh
+
+.PHONY: e2e
+e2e: build ## Kari as a cluster has it: image, nodes with a kubelet, helm install, upgrade, uninstall (as root)
+	cargo test --locked --test e2e -- --nocapture
+
+.PHONY: image
+image: prerequisites ## Kari's image as target/kari-image.tar, without a registry; the Dockerfile makes the same with one
+	mkdir -p target
+	hack/image.sh target/kari-image.tar
 
 .PHONY: build
 build: prerequisites ## the programs and the testbed, for development

@@ -12,12 +12,13 @@ use std::{
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::{Api, Client};
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::{
     cluster::NAMESPACE,
     error::{Context, Error, Result},
-    network, node, plane,
+    images, network, node, plane,
     process::{self, Process},
     program::{self, ControlPlane},
     state::{Description, Directory, NodeName, Part, write_file},
@@ -32,6 +33,9 @@ const READY_LIMIT: Duration = Duration::from_secs(60);
 /// What agents here leave free of the machine's disk at most, in MiB: it is a
 /// developer's, and apps of tests are small.
 const DISK_RESERVE_MIB: u32 = 512;
+
+/// How long an installation by the chart may take: it needs 10 s.
+const INSTALL_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long `nsenter` may take to have its child.
 const FORK_LIMIT: Duration = Duration::from_secs(5);
@@ -58,6 +62,51 @@ pub fn chart(plane: &ControlPlane) -> Result<String> {
             .args(["template", "kari", CHART, "--no-hooks", image])
             .arg(format!("--namespace={NAMESPACE}")),
     )
+}
+
+/// Installs Kari by its chart, as an administrator does, with the image in every
+/// node's runtime already, and waits until all of it is ready.
+pub async fn install(
+    directory: &Directory,
+    description: &Description,
+    plane: &ControlPlane,
+    toolchains: &[Toolchain],
+) -> Result<()> {
+    let (directory, description) = (directory.clone(), description.clone());
+    let helm = plane.required("helm")?;
+    let tool_path = tool_path(toolchains);
+    let work = move || {
+        let image = images::make_kari(directory.path(), images::KARI)?;
+        images::import(&directory, &description, &image.archive)?;
+        let (repository, tag) = images::KARI.split_once(':').unwrap_or_default();
+        let values = json!({
+            "image": {"repository": repository, "tag": tag},
+            "controller": {
+                "insecureSourceSchemes": true, // the git server here speaks plain http
+                "extraArguments": description.controller_arguments,
+            },
+            "agent": {
+                "httpPort": description.addresses.http_port,
+                "toolPath": tool_path,
+                "diskReserveMib": DISK_RESERVE_MIB,
+                "extraArguments": description.agent_arguments,
+            },
+        });
+        let file = directory.join("values.json");
+        write_file(&file, values.to_string().as_bytes())?;
+        let mut command = Command::new(helm);
+        command
+            .args(["install", "kari", CHART, "--create-namespace", "--wait"])
+            .arg(format!("--namespace={NAMESPACE}"))
+            .arg(format!("--timeout={}s", INSTALL_LIMIT.as_secs()))
+            .arg("--values")
+            .arg(&file)
+            .env("KUBECONFIG", directory.kubeconfig());
+        process::run(&mut command).map(drop)
+    };
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Error::State(error.to_string()))?
 }
 
 /// Gives a program files of its own in place of what the machine trusts: `folder program arguments…`.

@@ -25,7 +25,7 @@ coverage: prerequisites ## which lines of the planners the unit tests reach, and
 	hack/coverage.sh
 
 .PHONY: check
-check: check-rust check-dependencies check-scripts check-generated ## formatting, lints, licences, generated files; what CI runs before the tests
+check: check-rust check-dependencies check-scripts check-generated check-chart ## formatting, lints, licences, generated files, the chart; what CI runs before the tests
 
 .PHONY: check-long
 check-long: build ## what is too long for `make test`, or needs a package registry: third-party servers, 20 testbeds in a row, the image twice
@@ -71,6 +71,10 @@ check-dependencies: prerequisites
 check-scripts: prerequisites
 	shellcheck --external-sources $(shell_files)
 	yamllint --strict $$(git ls-files '*.yaml' '*.yml' .yamllint)
+
+.PHONY: check-chart
+check-chart: prerequisites
+	hack/chart.sh
 
 .PHONY: check-generated
 check-generated: generate

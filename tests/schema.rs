@@ -890,3 +890,49 @@ async fn strict_create(
         .map(drop)
         .map_err(|e| e.to_string())
 }
+
+#[tokio::test]
+async fn a_label_of_the_namespace_says_which_exceptions_to_the_jail_are_taken() {
+    let testbed = support::control_plane().await;
+    let none = json!({"deny": ["JIT"], "addressFamilies": ["AF_UNIX", "AF_INET"]});
+    let bind = json!({"capabilities": ["CAP_NET_BIND_SERVICE"]});
+    let wide = json!({"capabilities": ["CAP_NET_ADMIN"], "writablePaths": ["/srv/shop"]});
+    // The label, and which of the three are taken.
+    let table = [
+        (None, [true, true, false]),
+        (Some("restricted"), [true, false, false]),
+        (Some("baseline"), [true, true, false]),
+        (Some("privileged"), [true, true, true]),
+        (Some("privilegd"), [false, false, false]),
+    ];
+    for (level, taken) in table {
+        let labels: Vec<_> = level
+            .map(|level| ("kari.dev/sandbox", level))
+            .into_iter()
+            .collect();
+        let space = support::Space::labelled(testbed, "level", &labels).await;
+        for (sandbox, taken) in [&none, &bind, &wide].into_iter().zip(taken) {
+            let mut manifest = good();
+            manifest["spec"]["processes"][0]["sandbox"] = sandbox.clone();
+            let parameters = PatchParams::apply("test").dry_run();
+            let patch = Patch::Apply(&manifest);
+            let api = api(space.client.clone(), &space.namespace);
+            let answer = api.patch("shop", &parameters, &patch).await;
+            match answer {
+                Ok(_) => assert!(taken, "{level:?} takes {sandbox}"),
+                Err(error) => {
+                    let message = error.to_string();
+                    assert!(!taken, "{level:?} {sandbox}: {message}");
+                    let wanted = match level {
+                        Some("privilegd") => {
+                            "an administrator sets it to restricted, baseline or privileged"
+                        }
+                        Some("restricted") if sandbox == &bind => "to baseline",
+                        Some(_) | None => "to privileged",
+                    };
+                    assert!(message.contains(wanted), "{level:?} {sandbox}: {message}");
+                }
+            }
+        }
+    }
+}

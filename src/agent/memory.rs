@@ -2,12 +2,14 @@
 //! moment: all of it is found again from the disk and the host.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::health::Tracker;
 use super::host::mirror::Want;
 use super::host::proxy::{OldWorkers, VirtualHost};
 use super::host::records::RecordedFailure;
+use super::mask::Masks;
 use super::view::HeldUp;
 use crate::api::ReleaseStatus;
 use crate::runtime::supervise::Backoff;
@@ -39,14 +41,27 @@ pub struct Memory {
     pub held_up: Option<HeldUp>,
     /// Failures of the surroundings in a row.
     pub failures: u32,
-    /// The status that was written last, and when.
-    pub written: Option<(ReleaseStatus, Duration)>,
+    /// The status that was written last.
+    pub written: Option<Written>,
     /// The status to be written, and whether it tells of an end.
     pub report: Option<(ReleaseStatus, bool)>,
     /// When what nothing refers to was last looked for.
     pub collected: Option<Duration>,
+    /// What is taken out of texts, and what it was made of.
+    pub masks: Option<(Vec<String>, Arc<Masks>)>,
     /// What was drift at the last look that had any, and when that was.
     pub drift: Option<(String, Duration)>,
+}
+
+/// A status that was written.
+#[derive(Debug, Clone)]
+pub struct Written {
+    /// The uid of the Release that it was written to: one that is made anew under its name knows nothing of it.
+    pub uid: String,
+    /// What it says.
+    pub status: ReleaseStatus,
+    /// When.
+    pub at: Duration,
 }
 
 /// A virtual host that is in force.

@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand};
 use rustix::process::Signal;
 use testbed::{
     Error, Network, Options, Part, Result, Status, Testbed, git, network, node,
-    process::parse_signal, state::Directory,
+    process::parse_signal, program, state::Directory,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -118,6 +118,11 @@ enum Verb {
         folder: Folder,
         /// The part
         part: Part,
+    },
+    /// Print where a program of the control plane is, built where that was not done yet: helm, kubectl, …
+    Program {
+        /// Its name
+        name: String,
     },
     /// Take all down: no process, cgroup, mount or file is left
     Down {
@@ -256,6 +261,10 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Start { folder, part } => block_on(folder.attach()?.start(part))?,
         Verb::LoadImage { folder, archive } => folder.attach()?.load_image(&archive)?,
         Verb::Logs { folder, part } => print(&folder.attach()?.logs(part)?)?,
+        Verb::Program { name } => {
+            let path = program::ControlPlane::ensure()?.required(&name)?;
+            print(&format!("{}\n", path.display()))?;
+        }
         Verb::Down { folder } => Testbed::down(&folder.path())?,
         Verb::Forward {
             namespace,

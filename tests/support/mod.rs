@@ -11,6 +11,7 @@
 )]
 
 pub mod app;
+pub mod snapshot;
 pub mod traffic;
 
 use std::fmt::Debug;

@@ -31,7 +31,7 @@ use super::placement;
 use super::reach::Leases;
 use super::references::{Contents, Question, References};
 use super::revision;
-use super::source::Sources;
+use super::source::{Repository, Sources};
 use super::source::schedule::Interest;
 
 /// A cache of objects, each of which may be unreadable.
@@ -399,7 +399,10 @@ fn lookup(
         .clone()
         .filter(|requested| Some(requested) != handled.as_ref());
     let interest = Interest {
-        url: source.url.clone(),
+        repository: Repository {
+            url: source.url.clone(),
+            credential: None,
+        },
         reference,
         range: revision::range(source.reference.as_ref()).map(str::to_owned),
         interval: Duration::from_secs(u64::from(source.interval_seconds)),

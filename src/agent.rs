@@ -102,6 +102,8 @@ pub struct Config {
     pub tool_path: String,
     /// The proxy's port.
     pub http_port: u16,
+    /// The proxy's port for TLS; 0 for none.
+    pub https_port: u16,
     /// Where health, readiness and metrics are told.
     pub listen: SocketAddr,
     /// Fetches at once.
@@ -296,18 +298,20 @@ async fn prepare_host(
     let git = users.ensure_git(&store)?;
     let limits = prove_limits(&systemd, &git.name).await?;
     let settings =
-        ProxySettings::of_this_node(config.http_port, &config.tool_path).unwrap_or_else(|| {
-            warn!(
-                "nginx is not on this node, so nothing can be routed; searched: {}",
-                config.tool_path
-            );
-            ProxySettings {
-                http_port: config.http_port,
-                nginx: PathBuf::from("/usr/sbin/nginx"),
-                ipv6: false,
-                processors: 1,
-            }
-        });
+        ProxySettings::of_this_node(config.http_port, config.https_port, &config.tool_path)
+            .unwrap_or_else(|| {
+                warn!(
+                    "nginx is not on this node, so nothing can be routed; searched: {}",
+                    config.tool_path
+                );
+                ProxySettings {
+                    http_port: config.http_port,
+                    https_port: config.https_port,
+                    nginx: PathBuf::from("/usr/sbin/nginx"),
+                    ipv6: false,
+                    processors: 1,
+                }
+            });
     let proxy = Proxy::new(store.proxy(), units.clone(), systemd.clone(), settings);
     if let Err(error) = proxy.ensure().await {
         warn!("the proxy is not up: {}", error_chain(&error));

@@ -31,8 +31,8 @@ use super::placement;
 use super::reach::Leases;
 use super::references::{Contents, Question, References};
 use super::revision;
-use super::source::{Repository, Sources};
 use super::source::schedule::Interest;
+use super::source::{Repository, Sources};
 
 /// A cache of objects, each of which may be unreadable.
 pub type Cache<K> = Store<DeserializeGuard<K>>;

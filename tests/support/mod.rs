@@ -11,6 +11,7 @@
 )]
 
 pub mod app;
+pub mod tls;
 pub mod traffic;
 
 use std::fmt::Debug;
@@ -308,11 +309,16 @@ pub async fn until<T, F: Future<Output = Result<T, impl Debug>>>(
 pub struct Lab(pub &'static Testbed);
 
 impl traffic::Connect for Lab {
+    type Stream = TcpStream;
+
     async fn connect(&self, to: SocketAddr) -> std::io::Result<TcpStream> {
         let SocketAddr::V4(to) = to else {
             return Err(std::io::Error::other("the lab has no IPv6"));
         };
-        self.0.lab_connect(to).await.map_err(std::io::Error::other)
+        let stream = self.0.lab_connect(to).await;
+        let stream = stream.map_err(std::io::Error::other)?;
+        stream.set_nodelay(true)?;
+        Ok(stream)
     }
 }
 

@@ -141,6 +141,7 @@ pub fn virtual_host(
                 path: RoutePath::parse(&route.path).ok()?,
                 target,
                 probe_path,
+                certificate: None,
             })
         })
         .collect();

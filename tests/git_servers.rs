@@ -447,7 +447,7 @@ async fn a_push_that_fifty_deployments_wait_for_is_looked_up_once_and_fetched_on
     let manifests: Vec<_> = names.iter().map(|name| worker(name, &first.url)).collect();
     join_all(manifests.iter().map(|manifest| space.apply(manifest))).await;
     all_at(&space, COUNT, &first.commit).await;
-    let key = MirrorKey::of(&SourceUrl::parse(&first.url).expect("a url"));
+    let key = MirrorKey::of(&SourceUrl::parse(&first.url).expect("a url"), None);
     let unit = fetch_unit_name(key.as_str());
     let fetches = || async {
         let words = ["journalctl", "--output=cat", "--unit", &unit];

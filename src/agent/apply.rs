@@ -308,7 +308,9 @@ impl Apply<'_> {
             ));
         };
         let memory = self.node.memory(&self.observed.app);
-        self.node.mirrors.want(&self.observed.app, want.clone());
+        self.node
+            .mirrors
+            .want(&self.observed.app, want.clone(), None);
         lock(&memory).want = Some(want);
         Ok(())
     }

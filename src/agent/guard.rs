@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::sync::watch as latest;
 use tracing::{info, warn};
 
-use super::host::mirror::{MirrorError, SourceUrl};
+use super::host::mirror::{MirrorError, MirrorKey, SourceUrl};
 use super::host::proxy;
 use super::host::records::RecordedFailure;
 use super::host::store::{LOG_LIMIT_BYTES, StoreError};
@@ -184,7 +184,10 @@ async fn collect_mirrors(node: &Node) -> Result<(), CollectError> {
         let tried = folder.read_attempt()?;
         let tried = tried.map(|attempt| attempt.wish.template.source.url);
         let urls = applied.into_iter().chain(tried);
-        uses.extend(urls.filter_map(|url| Some((app.clone(), SourceUrl::parse(&url).ok()?))));
+        uses.extend(urls.filter_map(|url| {
+            let source = SourceUrl::parse(&url).ok()?;
+            Some((app.clone(), MirrorKey::of(&source, None)))
+        }));
     }
     let dropped = node.mirrors.collect(&uses).await?;
     if dropped > 0 {

@@ -124,6 +124,7 @@ pub fn source_want(attempt: &AttemptRecord, applied: Option<&AppliedRecord>) -> 
         commit: commit.clone(),
         base: rewind_base(attempt, applied).cloned(),
         submodules: template.source.submodules,
+        credential: None,
     })
 }
 

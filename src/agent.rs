@@ -21,6 +21,7 @@ mod node;
 mod observe;
 mod plan;
 mod reconcile;
+mod secrets;
 mod slots;
 mod status;
 mod view;
@@ -52,6 +53,7 @@ use tokio::sync::{mpsc, watch as latest};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use self::host::keys::{KeysError, NodeKeys};
 use self::host::limits::{self, Limits};
 use self::host::mirror::{MirrorSettings, Mirrors};
 use self::host::probe;
@@ -124,6 +126,9 @@ pub enum AgentError {
     /// The disk, or another agent on this node.
     #[error("cannot use {STORE}")]
     Store(#[from] StoreError),
+    /// The node's key.
+    #[error(transparent)]
+    Keys(#[from] KeysError),
     /// systemd.
     #[error("cannot talk to systemd over the system bus")]
     Systemd(#[from] SystemdError),
@@ -187,7 +192,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
             config.tool_path.clone(),
             config.port_range.clone(),
         ),
-        (host.store, host.units, host.users),
+        (host.store, host.units, host.users, host.keys),
         (host.systemd, host.proxy, host.mirrors),
         host.limits,
         trigger,
@@ -274,6 +279,7 @@ struct Host {
     store: Store,
     units: UnitFiles,
     users: Users,
+    keys: NodeKeys,
     systemd: Systemd,
     proxy: Proxy,
     mirrors: Mirrors,
@@ -286,6 +292,7 @@ async fn prepare_host(
 ) -> Result<(Host, mpsc::Receiver<HostEvent>), AgentError> {
     // Holds the disk: no other agent's probes run.
     let store = Store::open(Path::new(STORE))?;
+    let keys = NodeKeys::open(&store)?;
     let units = UnitFiles::new(Path::new(UNIT_FOLDER));
     let (systemd, events) = Systemd::connect(None).await?;
     probe::exec::sweep(&systemd).await?;
@@ -330,6 +337,7 @@ async fn prepare_host(
             store,
             units,
             users,
+            keys,
             systemd,
             proxy,
             mirrors,

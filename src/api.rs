@@ -31,6 +31,10 @@ pub const RELEASE_FINALIZER: &str = "kari.dev/agent";
 pub const ANNOTATION_REQUESTED_AT: &str = "kari.dev/requestedAt";
 /// Try blocked or failed revisions again, once for each value.
 pub const ANNOTATION_RETRY: &str = "kari.dev/retry";
+/// On the Lease of a node's agent: the public key that values for the node are sealed to, in base64.
+pub const ANNOTATION_PUBLIC_KEY: &str = "kari.dev/public-key";
+/// On the Lease of a node's agent: the id of that key, for people.
+pub const ANNOTATION_KEY_ID: &str = "kari.dev/key-id";
 /// On a Node: `true` puts it first in every rollout.
 pub const LABEL_CANARY: &str = "kari.dev/canary";
 /// On Releases and ControllerRevisions: the name of the Deployment they belong to.

@@ -2,7 +2,8 @@
 //!
 //! Each reconcile is four steps: [`observe`] (caches → plain data), [`plan`] (pure; [`rollout`] decides on
 //! nodes, [`revision`] finds the names, [`status`] the words, [`check`] what a schema cannot say),
-//! [`apply`] (idempotent, removals first). [`source`] looks commits up beside it, and [`references`] reads ConfigMaps. A second reconcile,
+//! [`apply`] (idempotent, removals first). [`source`] looks commits up beside it, [`references`] reads ConfigMaps and
+//! Secrets, and [`sealing`] says what of them a Release carries. A second reconcile,
 //! [`release`], is keyed by Release.
 //!
 //! Invariants: only the leader writes; a standby keeps its caches warm and answers its endpoints. All
@@ -20,6 +21,7 @@ pub mod references;
 pub mod release;
 pub mod revision;
 pub mod rollout;
+pub mod sealing;
 pub mod source;
 pub mod status;
 #[cfg(test)]
@@ -376,7 +378,7 @@ impl Parts {
         let context = Context {
             client: client.clone(),
             sources: Sources::new(wake_deployment.clone(), SourceMetrics::new(registry)),
-            references: References::new(client.clone(), wake_deployment, registry),
+            references: References::new(client.clone(), namespace, wake_deployment, registry),
             caches,
             memory: Arc::default(),
             recorder: Recorder::new(client.clone(), reporter),

@@ -24,7 +24,7 @@ use crate::controller::observed::{
 use crate::controller::plan::{Plan, RevisionStep, plan};
 use crate::controller::release;
 use crate::controller::rollout::{Step, budget};
-use crate::controller::testing::{World, commit};
+use crate::controller::testing::{World, commit, written_spec};
 
 const NODES: usize = 3;
 
@@ -329,7 +329,13 @@ impl Cluster {
     fn write(&mut self, step: &Step) -> bool {
         let resource_version = self.next_version();
         match step {
-            Step::Create { name, spec, retry } => {
+            Step::Create {
+                name,
+                spec,
+                unsealed,
+                retry,
+            } => {
+                let spec = written_spec(name, spec, unsealed);
                 let n = index(&spec.node_name);
                 if self.stored.contains_key(&n) {
                     return false;
@@ -342,7 +348,7 @@ impl Cluster {
                     deleting: false,
                     orphaned: false,
                     retry: retry.clone(),
-                    spec: (**spec).clone(),
+                    spec,
                     status: crate::api::ReleaseStatus::default(),
                     held_up_for: None,
                 };
@@ -351,12 +357,14 @@ impl Cluster {
                 self.stored.insert(n, Stored { release, owner });
             }
             Step::Update {
-                name: _,
+                name,
                 uid,
                 resource_version: read,
                 spec,
+                unsealed,
                 retry,
             } => {
+                let spec = written_spec(name, spec, unsealed);
                 let owner = self.world.observed.deployment.uid.clone();
                 let Some(stored) = self.stored.get_mut(&index(&spec.node_name)) else {
                     return false;
@@ -371,8 +379,8 @@ impl Cluster {
                     .serving
                     .as_ref()
                     .is_some_and(|serving| serving.release_id == spec.release_id);
-                release.generation += i64::from(release.spec != **spec);
-                release.spec = (**spec).clone();
+                release.generation += i64::from(release.spec != spec);
+                release.spec = spec;
                 release.retry = retry.clone();
                 release.resource_version = resource_version;
                 stored.owner = Some(owner);

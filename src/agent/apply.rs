@@ -20,6 +20,7 @@ use super::memory::InForce;
 use super::node::{Node, is_over, lock, monotonic};
 use super::observe::target_text;
 use super::plan::{self, Step};
+use super::secrets::{Carried, SecretError};
 use super::view::{Health, Observed};
 use super::wanted::source_want;
 use crate::api::deployment::Process;
@@ -65,6 +66,9 @@ pub enum StepError {
     /// Mirrors.
     #[error(transparent)]
     Mirror(#[from] MirrorError),
+    /// What is secret.
+    #[error(transparent)]
+    Secret(#[from] SecretError),
     /// A program that is needed is not there.
     #[error("{program} is not on this node; searched: {searched}")]
     ToolMissing {
@@ -90,7 +94,12 @@ impl StepError {
     /// What it means to the attempt.
     pub fn failure(&self) -> RecordedFailure {
         let reason = match self {
-            Self::Store(_) | Self::Seal(SealError::Io { .. }) => Reason::DiskPressure,
+            Self::Store(_)
+            | Self::Seal(SealError::Io { .. })
+            | Self::Secret(SecretError::Store(_)) => Reason::DiskPressure,
+            Self::Secret(SecretError::Absent { .. } | SecretError::Sealed { .. }) => {
+                Reason::SealedForOtherKey
+            }
             Self::Proxy(error) => error.reason(),
             Self::Systemd(SystemdError::BadUnit { .. }) => Reason::BadUnit,
             Self::Unit(_) => Reason::InvalidSpec,
@@ -190,9 +199,17 @@ impl Apply<'_> {
             }
             Step::WriteApplied(record) => {
                 folder.create()?;
-                folder.write_applied(record)?;
+                let mut record = record.clone();
+                if let Some(release) = &mut record.release {
+                    release.sealed = node.keepable(app, Carried::from(&*release));
+                }
+                folder.write_applied(&record)?;
             }
-            Step::WriteRelease(record) => folder.write_release(record)?,
+            Step::WriteRelease(record) => {
+                let mut record = record.clone();
+                record.sealed = node.keepable(app, Carried::from(&*record));
+                folder.write_release(&record)?;
+            }
             Step::WantCommit => self.want_commit()?,
             Step::StartBuild => self.start_build(&folder).await?,
             Step::StopBuild { unit, kill: _ } => {

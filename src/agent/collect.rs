@@ -113,6 +113,7 @@ mod tests {
             revision: wish.revision,
             commit: wish.commit,
             template: wish.template,
+            sealed: wish.sealed,
             build_key: key(number),
             committed_at: Timestamp::from_second(i64::from(number)).unwrap(),
         }
@@ -129,6 +130,7 @@ mod tests {
                 revision: wish.revision,
                 commit: wish.commit,
                 template: wish.template,
+                sealed: wish.sealed,
                 build_key: key(number),
                 processes: vec![],
                 available_since: Timestamp::UNIX_EPOCH,

@@ -15,11 +15,12 @@ use super::host::records::RecordedFailure;
 use super::host::store::{LOG_LIMIT_BYTES, StoreError};
 use super::host::systemd::{ActiveState, UnitState};
 use super::host::unit::{self, OwnUnit};
-use super::node::{Node, monotonic};
+use super::node::{Node, lock, monotonic};
 use super::{held_apps, note_killed};
 use crate::agent::apply::BUILD_STEP;
 use crate::api::names::{AppName, ReleaseId};
 use crate::api::reasons::Reason;
+use crate::api::{ANNOTATION_KEY_ID, ANNOTATION_PUBLIC_KEY};
 use crate::runtime::error_chain;
 
 /// Between two looks at the disk while builds run: a build can write a gigabyte in a second.
@@ -90,7 +91,10 @@ fn tell(
         .iter()
         .map(|(name, proven)| format!("{name}={proven}"))
         .collect();
+    let key = lock(&node.keys).current().public().clone();
     let annotations = BTreeMap::from([
+        (ANNOTATION_PUBLIC_KEY.to_owned(), key.to_string()),
+        (ANNOTATION_KEY_ID.to_owned(), key.id().to_string()),
         (
             "kari.dev/version".to_owned(),
             env!("CARGO_PKG_VERSION").to_owned(),
@@ -153,6 +157,11 @@ pub async fn collect_node(node: Arc<Node>) {
         collect_users(&node).await;
         if let Err(error) = collect_mirrors(&node).await {
             warn!("mirrors cannot be collected: {error}");
+        }
+        match node.forget_unused_keys() {
+            Ok(0) => {}
+            Ok(count) => info!(count, "forgot keys that nothing is sealed to any more"),
+            Err(error) => warn!("old keys cannot be forgotten: {}", error_chain(&error)),
         }
         node.trash.notify_one();
         if let Err(error) = node.store.set_ballast(&node.reserve) {

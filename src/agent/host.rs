@@ -5,6 +5,7 @@
 //! everything.
 
 // What is remembered, and where.
+pub mod keys;
 pub mod records;
 pub mod seal;
 pub mod store;

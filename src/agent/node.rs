@@ -13,6 +13,7 @@ use kube::runtime::reflector::{ObjectRef, Store as Reflected};
 use tokio::sync::{Notify, Semaphore};
 
 use super::claims::Claims;
+use super::host::keys::NodeKeys;
 use super::host::limits::Limits;
 use super::host::mirror::Mirrors;
 use super::host::probe::exec::EXEC_SLOTS;
@@ -44,6 +45,8 @@ pub struct Node {
     pub units: UnitFiles,
     /// The node's user database.
     pub users: Users,
+    /// What opens what is sealed for the node.
+    pub keys: Mutex<NodeKeys>,
     /// systemd.
     pub systemd: Systemd,
     /// The proxy.
@@ -92,7 +95,7 @@ impl Node {
     )]
     pub fn new(
         (name, tool_path, ports): (NodeName, String, RangeInclusive<u16>),
-        (store, units, users): (Store, UnitFiles, Users),
+        (store, units, users, keys): (Store, UnitFiles, Users, NodeKeys),
         (systemd, proxy, mirrors): (Systemd, Proxy, Mirrors),
         limits: Limits,
         trigger: Trigger<AppName>,
@@ -106,6 +109,7 @@ impl Node {
             store,
             units,
             users,
+            keys: Mutex::new(keys),
             systemd,
             proxy,
             mirrors,

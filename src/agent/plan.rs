@@ -189,12 +189,19 @@ pub fn plan(observed: &Observed) -> Plan {
     let newer = match &observed.wanted {
         Wanted::Release(wish) if wish.release_id != attempt.wish.release_id => Newer::Wish(wish),
         Wanted::Release(wish) if **wish != attempt.wish => {
-            // The same decision, with other retention or from another url.
+            // The same decision, with other retention, from another url or sealed to another key.
             let refreshed = AttemptRecord {
                 wish: (**wish).clone(),
                 ..attempt.clone()
             };
-            return just(Step::WriteAttempt(Box::new(refreshed)), Progress::Idle);
+            let mut steps = keep_sealed(observed, wish);
+            steps.push(Step::WriteAttempt(Box::new(refreshed)));
+            return Plan {
+                steps,
+                progress: Progress::Idle,
+                drift: vec![],
+                wake: None,
+            };
         }
         Wanted::Invalid {
             release_id,
@@ -329,6 +336,7 @@ fn record_commit(observed: &Observed, attempt: &AttemptRecord) -> Vec<Step> {
         revision: wish.revision.clone(),
         commit: wish.commit.clone(),
         template: wish.template.clone(),
+        sealed: wish.sealed.clone(),
         build_key: build_key.clone(),
         processes: processes.clone(),
         available_since: observed.wall,
@@ -339,6 +347,7 @@ fn record_commit(observed: &Observed, attempt: &AttemptRecord) -> Vec<Step> {
             revision: wish.revision.clone(),
             commit: wish.commit.clone(),
             template: wish.template.clone(),
+            sealed: wish.sealed.clone(),
             build_key: build_key.clone(),
             committed_at: observed.wall,
         })),
@@ -354,6 +363,41 @@ fn record_commit(observed: &Observed, attempt: &AttemptRecord) -> Vec<Step> {
             stopped_old: vec![],
             outcome: Some(Outcome::Committed { at: observed.wall }),
             ..attempt.clone()
+        })),
+    ]
+}
+
+/// What is committed was sealed anew: what is kept of it follows, so that an old key can go.
+fn keep_sealed(observed: &Observed, wish: &Wish) -> Vec<Step> {
+    let Some((applied, release)) = observed
+        .applied
+        .as_ref()
+        .and_then(|applied| Some((applied, applied.release.as_ref()?)))
+        .filter(|(_, release)| {
+            release.release_id == wish.release_id
+                && release.revision == wish.revision
+                && release.sealed != wish.sealed
+        })
+    else {
+        return vec![];
+    };
+    let release = AppliedRelease {
+        sealed: wish.sealed.clone(),
+        ..release.clone()
+    };
+    vec![
+        Step::WriteRelease(Box::new(ReleaseRecord {
+            version: RECORD_VERSION,
+            revision: release.revision.clone(),
+            commit: release.commit.clone(),
+            template: release.template.clone(),
+            sealed: release.sealed.clone(),
+            build_key: release.build_key.clone(),
+            committed_at: release.available_since,
+        })),
+        Step::WriteApplied(Box::new(AppliedRecord {
+            release: Some(release),
+            ..applied.clone()
         })),
     ]
 }

@@ -110,6 +110,7 @@ fn wish(release: &Release) -> Result<Wish, String> {
             .iter()
             .map(|revision| RevisionName::new(revision.clone()))
             .collect(),
+        sealed: spec.sealed.clone(),
     })
 }
 

@@ -250,8 +250,8 @@ pub struct GitReference {
     pub commit: Option<String>,
 }
 
-/// A variable with a plain value or one from a ConfigMap. Anybody who may view the object, or the Releases
-/// that are made from it, can read it.
+/// A variable with a plain value, or with one from a ConfigMap or a Secret. Anybody who may view the object, or
+/// the Releases that are made from it, can read it, but for the value of a Secret.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = ("!self.name.startsWith('KARI_')", "names that start with KARI_ are Kari's own"))]
@@ -291,18 +291,22 @@ impl EnvVar {
 /// Where the value of a variable is read: exactly one of its fields.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = ("has(self.configMapKeyRef)", "set exactly one kind of reference: configMapKeyRef"))]
+#[x_kube(validation = ("has(self.configMapKeyRef) != has(self.secretKeyRef)", "set exactly one kind of reference: configMapKeyRef or secretKeyRef"))]
 pub struct EnvVarSource {
     /// A key of a ConfigMap in the Deployment's namespace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub config_map_key_ref: Option<ConfigMapKeySelector>,
+    pub config_map_key_ref: Option<KeySelector>,
+    /// A key of a Secret in the Deployment's namespace. Its value reaches the processes' environment, and is
+    /// in no other object, command line, unit file or log of Kari's. Not for the build.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_key_ref: Option<KeySelector>,
 }
 
-/// A key of a ConfigMap, as in core/v1.
+/// A key of a ConfigMap or a Secret, as in core/v1.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
-pub struct ConfigMapKeySelector {
-    /// The ConfigMap's name.
+pub struct KeySelector {
+    /// The object's name.
     #[schemars(
         length(min = 1, max = 253),
         regex(pattern = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")
@@ -311,7 +315,7 @@ pub struct ConfigMapKeySelector {
     /// The key within its `data`.
     #[schemars(length(min = 1, max = 253), regex(pattern = r"^[-._a-zA-Z0-9]+$"))]
     pub key: String,
-    /// Leave the variable unset where the ConfigMap or the key is not there, instead of waiting for it
+    /// Leave the variable unset where the object or the key is not there, instead of waiting for it
     /// (ReferenceNotFound).
     #[serde(default)]
     pub optional: bool,
@@ -320,11 +324,14 @@ pub struct ConfigMapKeySelector {
 /// An object whose every key becomes a variable: exactly one kind.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = ("has(self.configMapRef)", "set exactly one kind of reference: configMapRef"))]
+#[x_kube(validation = ("has(self.configMapRef) != has(self.secretRef)", "set exactly one kind of reference: configMapRef or secretRef"))]
 pub struct EnvFromSource {
     /// A ConfigMap in the Deployment's namespace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub config_map_ref: Option<ConfigMapEnvSource>,
+    pub config_map_ref: Option<EnvSource>,
+    /// A Secret in the Deployment's namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<EnvSource>,
     /// Put before each key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(
@@ -334,11 +341,11 @@ pub struct EnvFromSource {
     pub prefix: Option<String>,
 }
 
-/// A ConfigMap, as in core/v1.
+/// A ConfigMap or a Secret, as in core/v1.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
-pub struct ConfigMapEnvSource {
-    /// The ConfigMap's name.
+pub struct EnvSource {
+    /// The object's name.
     #[schemars(
         length(min = 1, max = 253),
         regex(pattern = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")
@@ -364,9 +371,10 @@ pub struct Build {
     #[schemars(length(min = 1, max = 64), inner(length(max = 4096), regex(pattern = r"^[^\x00-\x08\x0b-\x1f\x7f]*$")), extend("x-kubernetes-list-type" = "atomic"))]
     #[x_kube(validation = ("self.size() == 0 || (self[0] != '' && !self[0].contains('='))", "the first word of a command names a program: not empty and without '='"))]
     pub command: Option<Vec<String>>,
-    /// Variables of the build, and of nothing else.
+    /// Variables of the build, and of nothing else. None from a Secret: a build runs what it fetches.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    #[x_kube(validation = ("self.all(e, !has(e.valueFrom) || !has(e.valueFrom.secretKeyRef))", "a build gets no Secrets: use a plain value or configMapKeyRef"))]
     pub env: Vec<EnvVar>,
     /// Whether the build may use the network; the fetch of the repository always does.
     #[serde(default = "default_true")]

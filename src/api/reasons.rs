@@ -78,10 +78,12 @@ reasons! {
     HostKeyMismatch => Environment,
     /// The reference is not in the repository.
     RefNotFound => Environment,
-    /// A ConfigMap, or a key of it, that `env` or `envFrom` names is not there.
+    /// A ConfigMap, a Secret, or a key of it, that the spec names is not there.
     ReferenceNotFound => Environment,
     /// The environment of a Deployment is larger than it may be.
     ReferenceTooLarge => Environment,
+    /// A secret is sealed to a key that the node has not, or has not been sealed: the controller does it anew.
+    SealedForOtherKey => Environment,
     /// The disk has no reserve left.
     DiskPressure => Environment,
     /// The proxy is not running, or somebody else holds its port.

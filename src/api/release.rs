@@ -15,7 +15,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::deployment::{Build, DeletionPolicy, EnvVar, Process, Switch};
-use super::names::ReleaseId;
+use super::names::{ReleaseId, hex_digest};
 
 /// One Deployment on one node: what the controller wants there and what the node says of it.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
@@ -94,10 +94,82 @@ pub struct ReleaseSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8), inner(length(max = 253)), extend("x-kubernetes-list-type" = "atomic"))]
     pub retain: Vec<String>,
+    /// What is secret, sealed to the node's key. Compared by digest, never by data.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["purpose", "name"]))]
+    #[x_kube(validation = ("self.map(s, has(s.data) ? s.data.size() : 0).sum() <= 1048576", "all sealed values together must have at most 1 MiB"))]
+    pub sealed: Vec<SealedValue>,
     /// What the node does when this object is deleted. Written before a delete of which the node could
     /// not tell from the object what it is for; one by the garbage collector follows the Deployment.
     #[serde(default, skip_serializing_if = "OnDelete::is_default")]
     pub on_delete: OnDelete,
+}
+
+/// A secret value, sealed to one node's key for one revision of one Release (HPKE: X25519, HKDF-SHA256,
+/// ChaCha20-Poly1305).
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = ("has(self.data) == has(self.keyId)", "data and keyId go together"))]
+pub struct SealedValue {
+    /// What it is for.
+    pub purpose: Purpose,
+    /// Which of those of its purpose.
+    #[schemars(length(min = 1, max = 253))]
+    pub name: String,
+    /// The key that it is sealed to: the first 16 hexadecimal digits of the SHA-256 of the node's public key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 16, max = 16), regex(pattern = r"^[0-9a-f]{16}$"))]
+    pub key_id: Option<String>,
+    /// A keyed digest of the value: another value has another one, and it tells nothing else.
+    #[schemars(length(min = 40, max = 40), regex(pattern = r"^[0-9a-f]{40}$"))]
+    pub digest: String,
+    /// The encapsulated key and the ciphertext, in base64. Absent: the node uses the value of this digest
+    /// that it has kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 720896))]
+    pub data: Option<String>,
+}
+
+/// What a sealed value is for.
+#[derive(
+    Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, JsonSchema,
+)]
+pub enum Purpose {
+    /// Variables of processes.
+    Env,
+    /// The credentials of a repository.
+    Git,
+    /// A certificate with its key.
+    Tls,
+}
+
+impl Purpose {
+    /// As the API spells it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Env => "Env",
+            Self::Git => "Git",
+            Self::Tls => "Tls",
+        }
+    }
+}
+
+impl SealedValue {
+    /// A value that the node is to have kept.
+    pub fn kept(purpose: Purpose, name: &str, digest: &str) -> Self {
+        Self {
+            purpose,
+            name: name.to_owned(),
+            key_id: None,
+            digest: digest.to_owned(),
+            data: None,
+        }
+    }
+
+    /// Whether both stand for the same secret.
+    pub fn is_same_value(&self, other: &Self) -> bool {
+        (self.purpose, &self.name, &self.digest) == (other.purpose, &other.name, &other.digest)
+    }
 }
 
 /// What a node does when its Release is deleted.
@@ -131,6 +203,11 @@ pub struct Template {
     /// Variables of every process; a process's own win.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub env: Vec<EnvVar>,
+    /// The variables whose values are secret: their names, and digests that stand for the values, which the
+    /// Release has sealed. They win over plain ones of the same place.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 17))]
+    pub secret_env: Vec<SecretVariables>,
     /// The services.
     pub processes: Vec<Process>,
     /// How the node changes over.
@@ -143,6 +220,47 @@ pub struct Template {
     #[serde(default)]
     pub deletion_policy: DeletionPolicy,
 }
+
+/// Variables of every process or of one whose values are secret.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SecretVariables {
+    /// The process that has them; absent for all of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub process: Option<String>,
+    /// Their names, sorted.
+    pub names: Vec<String>,
+    /// A keyed digest of names and values: equal values have equal ones.
+    pub digest: String,
+}
+
+/// What the sealed value of all secret variables of a release is called.
+pub const SEALED_ENV: &str = "env";
+
+impl Template {
+    /// The digest of the sealed value that holds all secret variables; nothing where there are none.
+    pub fn sealed_env_digest(&self) -> Option<String> {
+        if self.secret_env.is_empty() {
+            return None;
+        }
+        let mut text = String::new();
+        for SecretVariables {
+            process,
+            names: _,
+            digest,
+        } in &self.secret_env
+        {
+            text.push_str(process.as_deref().unwrap_or_default());
+            text.push('=');
+            text.push_str(digest);
+            text.push('\n');
+        }
+        Some(hex_digest(text.as_bytes())[..SEALED_DIGEST_DIGITS].to_owned())
+    }
+}
+
+/// Hexadecimal digits of the digest of a sealed value.
+const SEALED_DIGEST_DIGITS: usize = 40;
 
 /// Where a commit is fetched from and where in it the app is.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq, JsonSchema)]

@@ -24,6 +24,8 @@ use super::observed::{ObservedDeployment, ObservedRevision, RevisionData};
 use super::plan::{Plan, RevisionStep};
 use super::revision::same_content;
 use super::rollout::Step;
+use super::sealing::sealed;
+use crate::seal::SealError;
 
 /// Owns what the controller writes.
 pub const FIELD_MANAGER: &str = "kari-controller";
@@ -45,6 +47,9 @@ pub enum Refused {
     /// The body could not be made; a fault of the program.
     #[error("the body of a write could not be made")]
     Body(#[source] serde_json::Error),
+    /// A secret could not be sealed.
+    #[error("a secret was not sealed")]
+    Seal(#[from] SealError),
     /// The API server.
     #[error("the API server refused a write")]
     Api(#[source] Box<kube::Error>),
@@ -192,9 +197,15 @@ impl Writer<'_> {
                 let params = deletion(uid, resource_version);
                 api.delete(name, &params).await.map(|_| ()).map_err(refused)
             }
-            Step::Create { name, spec, retry } => {
+            Step::Create {
+                name,
+                spec,
+                unsealed,
+                retry,
+            } => {
+                let spec = sealed(&self.deployment.namespace, name, spec, unsealed)?;
                 let release: Release =
-                    serde_json::from_value(self.release(name, None, spec, retry.as_ref()))
+                    serde_json::from_value(self.release(name, None, &spec, retry.as_ref()))
                         .map_err(Refused::Body)?;
                 let params = PostParams {
                     field_manager: Some(FIELD_MANAGER.to_owned()),
@@ -210,10 +221,12 @@ impl Writer<'_> {
                 uid,
                 resource_version,
                 spec,
+                unsealed,
                 retry,
             } => {
                 let read = Some((uid, resource_version));
-                let body = self.release(name, read, spec, retry.as_ref());
+                let spec = sealed(&self.deployment.namespace, name, spec, unsealed)?;
+                let body = self.release(name, read, &spec, retry.as_ref());
                 let params = PatchParams::apply(FIELD_MANAGER).force();
                 api.patch(name, &params, &Patch::Apply(&body))
                     .await

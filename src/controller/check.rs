@@ -4,7 +4,7 @@ use crate::api::DeploymentSpec;
 use crate::api::deployment::{EnvVar, GitSource, Process, ResourceLimits};
 use crate::api::reasons::Reason;
 
-use super::references;
+use super::references::{self, KeyReference, Kind};
 use super::source::range::Range;
 
 /// Why a spec cannot be carried out, and what to change.
@@ -20,13 +20,13 @@ pub struct Refusal {
 /// The least memory that a service is limited to, as the schema's description says.
 const LEAST_MEMORY_BYTES: u64 = 4 * 1024 * 1024;
 
-/// ConfigMaps that one Deployment refers to: each is a request to the API server at every look.
-const MOST_CONFIG_MAPS: usize = 32;
+/// ConfigMaps and Secrets that one Deployment refers to: each is a request to the API server at every look.
+const MOST_OBJECTS: usize = 32;
 
 /// The source of a spec that can be carried out.
 ///
 /// Refused are a spec without a source, a range of versions or quantities that cannot be read, references to too many
-/// ConfigMaps, a command that names a variable which the process may not have (`InvalidSpec`), and an insecure scheme where the administrator does not
+/// objects, a command that names a variable which the process may not have (`InvalidSpec`), and an insecure scheme where the administrator does not
 /// allow it (`PolicyDenied`).
 pub fn check(spec: &DeploymentSpec, insecure_source_schemes: bool) -> Result<&GitSource, Refusal> {
     let invalid = |message: String| Refusal {
@@ -52,9 +52,16 @@ pub fn check(spec: &DeploymentSpec, insecure_source_schemes: bool) -> Result<&Gi
     if let Some(range) = source.reference.as_ref().and_then(|r| r.semver.as_deref()) {
         Range::parse(range).map_err(|e| invalid(format!("spec.source.git.ref.semver: {e}")))?;
     }
-    if references::count(spec) > MOST_CONFIG_MAPS {
+    if references::count(spec) > MOST_OBJECTS {
         return Err(invalid(format!(
-            "env and envFrom refer to more than {MOST_CONFIG_MAPS} ConfigMaps; put what belongs together into one"
+            "env and envFrom refer to more than {MOST_OBJECTS} ConfigMaps and Secrets; put what belongs together into one"
+        )));
+    }
+    let mut of_build = spec.build.iter().flat_map(|build| &build.env);
+    if let Some(variable) = of_build.find(|variable| is_secret(variable)) {
+        return Err(invalid(format!(
+            "spec.build.env[{}]: a build gets no Secrets; use a plain value or configMapKeyRef",
+            variable.name
         )));
     }
     let build_limits = spec
@@ -96,13 +103,19 @@ fn check_process(process: &Process, spec: &DeploymentSpec) -> Result<(), String>
     check_limits(limits).map_err(|m| format!("resources.limits.{m}"))?;
     for word in &process.command {
         for name in named_variables(word) {
+            let is_port = process.port.as_ref().is_some_and(|port| port.env == name);
+            let mut variables = process.env.iter().chain(&spec.env);
+            let variable = variables.find(|variable| variable.name == name);
+            if !is_port && variable.is_some_and(is_secret) {
+                return Err(format!(
+                    "command: $({name}) is the value of a Secret, and command lines are public: have the process read its environment instead"
+                ));
+            }
             let sure = |variable: &EnvVar| {
-                let reference = variable.value_from.as_ref();
-                let key = reference.and_then(|r| r.config_map_key_ref.as_ref());
-                variable.name == name && key.is_none_or(|key| !key.optional)
+                let optional = KeyReference::of(variable).is_some_and(|r| r.optional);
+                variable.name == name && !optional && !is_secret(variable)
             };
-            let known = process.env.iter().chain(&spec.env).any(sure)
-                || process.port.as_ref().is_some_and(|port| port.env == name);
+            let known = is_port || process.env.iter().chain(&spec.env).any(sure);
             if !known {
                 return Err(format!(
                     "command: $({name}) is not a variable of this process that is sure to be set; set it in env (envFrom and optional references do not count), or write $$({name}) for the text itself"
@@ -111,6 +124,10 @@ fn check_process(process: &Process, spec: &DeploymentSpec) -> Result<(), String>
         }
     }
     Ok(())
+}
+
+fn is_secret(variable: &EnvVar) -> bool {
+    KeyReference::of(variable).is_some_and(|reference| reference.kind == Kind::Secret)
 }
 
 /// The names that `$(NAME)` in a word of a command stands for; `$$(NAME)` is the text itself, as in core/v1.

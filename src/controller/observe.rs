@@ -240,6 +240,7 @@ impl Caches {
             nodes.push(ObservedNode {
                 presence,
                 reach: self.reach(&name),
+                key: self.leases().key(&name).cloned(),
                 release: releases.remove(&name),
                 name_taken: taken.contains(&release_name(&deployment.name, &name)),
                 gave_back: memory.gave_back(key, revision, &name),
@@ -250,6 +251,7 @@ impl Caches {
             nodes.push(ObservedNode {
                 presence: Presence::Gone,
                 reach: self.reach(&name),
+                key: self.leases().key(&name).cloned(),
                 release: Some(release),
                 name_taken: false,
                 gave_back: false,
@@ -467,7 +469,7 @@ mod tests {
         // Nobody listens there, and nothing refers to anything.
         let nobody = kube::Config::new("http://127.0.0.1:9".parse().unwrap());
         let client = client::build(nobody, &ApiMetrics::new(&mut registry)).unwrap();
-        let references = References::new(client, trigger, &mut registry);
+        let references = References::new(client, "kari-system", trigger, &mut registry);
         let key = Key {
             namespace: "web".into(),
             name: "shop".into(),

@@ -10,6 +10,7 @@ use crate::api::names::{Commit, NodeName, ReleaseId, RevisionName};
 use crate::api::reasons::{Class, Reason};
 use crate::api::release::{Failure, Phase, Template};
 use crate::api::{DeploymentSpec, DeploymentStatus, ReleaseSpec, ReleaseStatus, conditions};
+use crate::seal::NodePublicKey;
 
 /// All that a decision on one Deployment depends on.
 #[derive(Clone, Debug)]
@@ -22,7 +23,7 @@ pub struct Observed {
     pub revisions: Vec<ObservedRevision>,
     /// What is known of the source.
     pub lookup: Lookup,
-    /// What the ConfigMaps hold that the spec refers to.
+    /// What the ConfigMaps and Secrets hold that the spec refers to.
     pub contents: Contents,
     /// Whether the administrator allows `http://` and `git://`.
     pub insecure_source_schemes: bool,
@@ -92,6 +93,8 @@ pub struct ObservedNode {
     pub presence: Presence,
     /// What this controller knows of its agent.
     pub reach: Reach,
+    /// What values for it are sealed to, if its agent has said so.
+    pub key: Option<NodePublicKey>,
     /// This Deployment's Release on it.
     pub release: Option<ObservedRelease>,
     /// The Release's name is taken by an object that cannot be read or is not this Deployment's.

@@ -21,6 +21,7 @@ use super::observed::{
     FailureClass, Observed, ObservedNode, ObservedRevision, Outcome, RevisionData,
 };
 use super::rollout::{HELD_UP_LIMIT, Input, Rollout, Step, Wanted, all_held_up, decide};
+use super::sealing::SecretValue;
 use super::status::{Facts, count, statements};
 use super::{references, revision};
 
@@ -88,8 +89,12 @@ pub fn plan(observed: &Observed, now: Timestamp) -> Plan {
         }
         Err(_) => held(observed, source),
     });
+    let sealed = environment.as_ref().ok().and_then(|e| e.sealed.clone());
     let wanted = data.map(|data| Wanted {
         revision: revision::name(&deployment.name, &data, &observed.revisions),
+        secrets: SecretValue::env(&data.template, sealed)
+            .into_iter()
+            .collect(),
         data,
     });
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use crate::api::names::NodeName;
 use crate::runtime::node_lease::DURATION_SECONDS;
+use crate::seal::{KeyId, NodePublicKey};
 
 use super::observed::Reach;
 
@@ -20,38 +21,58 @@ pub const STALE_AFTER: Duration = Duration::from_secs(DURATION_SECONDS.unsigned_
 pub struct Leases {
     entries: HashMap<NodeName, Entry>,
     /// What [`Leases::changes`] has told.
-    told: HashMap<NodeName, Reach>,
+    told: HashMap<NodeName, Told>,
 }
+
+/// What anything may depend on.
+type Told = (Reach, Option<KeyId>);
 
 #[derive(Debug)]
 struct Entry {
     /// Opaque: only compared with itself.
     renewal: String,
+    key: Option<NodePublicKey>,
     first_seen: Duration,
     last_changed: Option<Duration>,
 }
 
 impl Leases {
     /// The Lease of `node` was there when the watch began.
-    pub fn found(&mut self, node: NodeName, renewal: String, now: Duration) {
+    pub fn found(
+        &mut self,
+        node: NodeName,
+        renewal: String,
+        key: Option<NodePublicKey>,
+        now: Duration,
+    ) {
         self.entries.entry(node).or_insert(Entry {
             renewal,
+            key,
             first_seen: now,
             last_changed: None,
         });
     }
 
     /// The Lease of `node` was made or changed.
-    pub fn changed(&mut self, node: NodeName, renewal: String, now: Duration) {
+    pub fn changed(
+        &mut self,
+        node: NodeName,
+        renewal: String,
+        key: Option<NodePublicKey>,
+        now: Duration,
+    ) {
         match self.entries.get_mut(&node) {
-            Some(entry) if entry.renewal == renewal => {}
             Some(entry) => {
-                entry.renewal = renewal;
-                entry.last_changed = Some(now);
+                entry.key = key;
+                if entry.renewal != renewal {
+                    entry.renewal = renewal;
+                    entry.last_changed = Some(now);
+                }
             }
             None => {
                 let entry = Entry {
                     renewal,
+                    key,
                     first_seen: now,
                     last_changed: Some(now),
                 };
@@ -78,13 +99,21 @@ impl Leases {
         }
     }
 
+    /// What values for `node` are sealed to, if its agent has said so.
+    pub fn key(&self, node: &NodeName) -> Option<&NodePublicKey> {
+        self.entries.get(node)?.key.as_ref()
+    }
+
     /// The nodes of which something else is known than when this was last called.
     pub fn changes(&mut self, now: Duration) -> Vec<NodeName> {
         let mut changed = Vec::new();
-        for node in self.entries.keys() {
-            let reach = self.reach(node, now);
-            if self.told.get(node) != Some(&reach) {
-                changed.push((node.clone(), Some(reach)));
+        for (node, entry) in &self.entries {
+            let known = (
+                self.reach(node, now),
+                entry.key.as_ref().map(NodePublicKey::id),
+            );
+            if self.told.get(node) != Some(&known) {
+                changed.push((node.clone(), Some(known)));
             }
         }
         for node in self.told.keys().filter(|n| !self.entries.contains_key(n)) {
@@ -92,9 +121,9 @@ impl Leases {
         }
         changed
             .into_iter()
-            .map(|(node, reach)| {
-                match reach {
-                    Some(reach) => self.told.insert(node.clone(), reach),
+            .map(|(node, known)| {
+                match known {
+                    Some(known) => self.told.insert(node.clone(), known),
                     None => self.told.remove(&node),
                 };
                 node
@@ -106,6 +135,7 @@ impl Leases {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::seal::NodeKey;
 
     fn at(seconds: u64) -> Duration {
         Duration::from_secs(seconds)
@@ -116,21 +146,21 @@ mod tests {
         let node = NodeName::new("n1");
         let mut leases = Leases::default();
         assert_eq!(leases.reach(&node, at(0)), Reach::NoAgent);
-        leases.found(node.clone(), "1".into(), at(0));
+        leases.found(node.clone(), "1".into(), None, at(0));
         assert_eq!(leases.reach(&node, at(39)), Reach::Unknown);
-        leases.changed(node.clone(), "1".into(), at(5));
+        leases.changed(node.clone(), "1".into(), None, at(5));
         assert_eq!(
             leases.reach(&node, at(39)),
             Reach::Unknown,
             "told again is not changed"
         );
         assert_eq!(leases.reach(&node, at(40)), Reach::Stale);
-        leases.changed(node.clone(), "2".into(), at(50));
+        leases.changed(node.clone(), "2".into(), None, at(50));
         assert_eq!(leases.reach(&node, at(89)), Reach::Fresh);
         assert_eq!(leases.reach(&node, at(90)), Reach::Stale);
         leases.removed(&node);
         assert_eq!(leases.reach(&node, at(90)), Reach::NoAgent);
-        leases.changed(node.clone(), "1".into(), at(91));
+        leases.changed(node.clone(), "1".into(), None, at(91));
         assert_eq!(
             leases.reach(&node, at(91)),
             Reach::Fresh,
@@ -142,10 +172,24 @@ mod tests {
     fn a_change_is_told_once_and_a_renewal_is_none() {
         let node = NodeName::new("n1");
         let mut leases = Leases::default();
-        leases.changed(node.clone(), "1".into(), at(0));
+        leases.changed(node.clone(), "1".into(), None, at(0));
         assert_eq!(leases.changes(at(0)), std::slice::from_ref(&node));
         assert_eq!(leases.changes(at(1)), []);
-        leases.changed(node.clone(), "2".into(), at(10));
+        leases.changed(node.clone(), "2".into(), None, at(10));
+        assert_eq!(leases.changes(at(10)), []);
+        let key = || Some(NodeKey::generate().public().clone());
+        leases.changed(node.clone(), "2".into(), key(), at(10));
+        assert_eq!(
+            leases.changes(at(10)),
+            std::slice::from_ref(&node),
+            "its first key"
+        );
+        leases.changed(node.clone(), "2".into(), key(), at(10));
+        assert_eq!(
+            leases.changes(at(10)),
+            std::slice::from_ref(&node),
+            "another key"
+        );
         assert_eq!(leases.changes(at(10)), []);
         assert_eq!(leases.changes(at(50)), std::slice::from_ref(&node));
         leases.removed(&node);

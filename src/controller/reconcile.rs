@@ -73,6 +73,7 @@ impl ReconcileError for ReconcileFailure {
             Refused::Gone => "Gone",
             Refused::NameTaken(_) => "NameTaken",
             Refused::Body(_) => "Body",
+            Refused::Seal(_) => "Seal",
             Refused::Api(_) => "Api",
         }
     }
@@ -297,9 +298,9 @@ fn settle(outcome: Result<Action, Refused>) -> Result<Action, ReconcileFailure> 
         Ok(action) => Ok(action),
         Err(Refused::Changed) => Ok(Action::After(CATCH_UP)),
         Err(Refused::Gone) => Ok(Action::Done),
-        Err(error @ (Refused::NameTaken(_) | Refused::Body(_) | Refused::Api(_))) => {
-            Err(error.into())
-        }
+        Err(
+            error @ (Refused::NameTaken(_) | Refused::Body(_) | Refused::Seal(_) | Refused::Api(_)),
+        ) => Err(error.into()),
     }
 }
 

@@ -1,20 +1,23 @@
-//! What the ConfigMaps hold that Deployments refer to: read by name outside reconciling, and put into the
-//! environment of a revision.
+//! What the ConfigMaps and Secrets hold that Deployments refer to: read by name outside reconciling.
 //!
 //! Invariants: one read per Deployment at a time, a bounded number in all, each bounded in time and in what is
 //! kept of it; nothing follows from a spec before what it refers to was read for this very spec and request. A
 //! read that fails by the API server's fault changes nothing and is made again.
 //!
-//! [`resolve`] and [`held`] are pure. Deliberately absent: watching and listing ConfigMaps. Whoever reads all of a
-//! cluster's configuration to use a few names of it is a risk to the others.
+//! [`resolve`] (pure) makes a revision's environment of it, [`digests`] the keyed digests that stand for secrets.
+//! Deliberately absent: watching and listing. Whoever reads all of a cluster's secrets to use a few of them is a
+//! risk to the others.
 
+pub mod digests;
+mod resolve;
 mod schedule;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::{Api, Client};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -27,34 +30,80 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
 use crate::api::DeploymentSpec;
-use crate::api::deployment::{
-    ConfigMapEnvSource, ConfigMapKeySelector, EnvFromSource, EnvVar, EnvVarSource,
-};
-use crate::api::reasons::Reason;
-use crate::api::release::Template;
+use crate::api::deployment::{EnvFromSource, EnvSource, EnvVar, EnvVarSource, KeySelector};
 use crate::runtime::error_chain;
 use crate::runtime::serve::Heartbeat;
 use crate::runtime::supervise::Trigger;
+use crate::seal::SecretBytes;
 
 use super::Key;
-use super::check::is_variable_name;
-use super::observed::LookupFailure;
+use digests::{DigestKeys, Digests};
+pub use resolve::{Environment, held, resolve};
 pub use schedule::Question;
 use schedule::Schedule;
 
 /// Bytes of names and values of all variables of a Deployment: a Release carries them all, and etcd takes 1.5 MiB.
+/// Also of all that is kept of what one Deployment refers to.
 const ENVIRONMENT_LIMIT: usize = 512 * 1024;
 
-/// ConfigMaps that are read at once, for all Deployments: the API server has other things to do.
+/// Objects that are read at once, for all Deployments: the API server has other things to do.
 const SLOTS: usize = 8;
 
-/// How long one ConfigMap may take.
+/// How long one object may take.
 const TIME_LIMIT: Duration = Duration::from_secs(10);
 
 /// How often the loop turns at least, for its heartbeat.
 const BEAT: Duration = Duration::from_secs(10);
 
-/// What one ConfigMap held.
+/// A kind that can be referred to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// What anybody who may view the namespace may know.
+    ConfigMap,
+    /// What only its processes may know.
+    Secret,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+/// An object of the Deployment's namespace.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Object {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its name.
+    pub name: String,
+}
+
+impl Object {
+    /// A ConfigMap.
+    pub fn config_map(name: impl Into<String>) -> Self {
+        Self {
+            kind: Kind::ConfigMap,
+            name: name.into(),
+        }
+    }
+
+    /// A Secret.
+    pub fn secret(name: impl Into<String>) -> Self {
+        Self {
+            kind: Kind::Secret,
+            name: name.into(),
+        }
+    }
+}
+
+impl fmt::Display for Object {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.kind, self.name)
+    }
+}
+
+/// What one object held.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Content {
     /// There is none of this name.
@@ -64,79 +113,59 @@ pub enum Content {
     /// What is referred to is more than an environment may be.
     TooLarge,
     /// The keys that are referred to, as far as they are there.
-    Held(BTreeMap<String, String>),
+    Held(BTreeMap<String, SecretBytes>),
 }
 
-/// What was read, by the name of the ConfigMap.
-pub type Contents = BTreeMap<String, Content>;
+/// What was read for one Deployment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Contents {
+    /// By object.
+    pub objects: BTreeMap<Object, Content>,
+    /// What stands for the secrets among it; there whenever a Secret is referred to and the key could be had.
+    pub digests: Option<Digests>,
+}
 
-/// What is read of a ConfigMap.
+impl Contents {
+    /// Of a Deployment that refers to nothing.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// One object's, without secrets.
+    #[cfg(test)]
+    pub fn of(object: Object, content: Content) -> Self {
+        Self {
+            objects: BTreeMap::from([(object, content)]),
+            digests: None,
+        }
+    }
+}
+
+/// What is read of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Keys {
     All,
     Some(BTreeSet<String>),
 }
 
-/// The variables of a Deployment with nothing left to look up.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Environment {
-    /// Of every process.
-    pub shared: Vec<EnvVar>,
-    /// Of the build.
-    pub build: Vec<EnvVar>,
-    /// Of each process, by its name.
-    pub processes: BTreeMap<String, Vec<EnvVar>>,
-}
-
-impl Environment {
-    /// The one that was rendered into a template.
-    fn of(template: &Template) -> Self {
-        Self {
-            shared: template.env.clone(),
-            build: template
-                .build
-                .as_ref()
-                .map_or_else(Vec::new, |build| build.env.clone()),
-            processes: template
-                .processes
-                .iter()
-                .map(|process| (process.name.clone(), process.env.clone()))
-                .collect(),
-        }
-    }
-
-    fn size(&self) -> usize {
-        self.shared
-            .iter()
-            .chain(&self.build)
-            .chain(self.processes.values().flatten())
-            .map(|variable| variable.name.len() + variable.plain_value().len())
-            .sum()
-    }
-}
-
-/// The ConfigMaps that a spec refers to, and which keys of them.
-fn wanted(spec: &DeploymentSpec) -> BTreeMap<String, Keys> {
-    let mut wanted: BTreeMap<String, Keys> = BTreeMap::new();
-    for selector in variables(spec).filter_map(key_reference) {
+/// The objects that a spec refers to, and which keys of them.
+fn wanted(spec: &DeploymentSpec) -> BTreeMap<Object, Keys> {
+    let mut wanted: BTreeMap<Object, Keys> = BTreeMap::new();
+    for reference in variables(spec).filter_map(KeyReference::of) {
         let keys = wanted
-            .entry(selector.name.clone())
+            .entry(reference.object())
             .or_insert_with(|| Keys::Some(BTreeSet::new()));
         if let Keys::Some(keys) = keys {
-            keys.insert(selector.key.clone());
+            keys.insert(reference.key.to_owned());
         }
     }
-    for source in spec
-        .env_from
-        .iter()
-        .filter_map(|from| from.config_map_ref.as_ref())
-    {
-        wanted.insert(source.name.clone(), Keys::All);
+    for whole in spec.env_from.iter().filter_map(WholeReference::of) {
+        wanted.insert(whole.object(), Keys::All);
     }
     wanted
 }
 
-/// How many ConfigMaps a spec refers to.
+/// How many objects a spec refers to.
 pub fn count(spec: &DeploymentSpec) -> usize {
     wanted(spec).len()
 }
@@ -147,175 +176,83 @@ fn variables(spec: &DeploymentSpec) -> impl Iterator<Item = &EnvVar> {
     spec.env.iter().chain(build).chain(processes)
 }
 
-fn key_reference(variable: &EnvVar) -> Option<&ConfigMapKeySelector> {
-    let EnvVarSource { config_map_key_ref } = variable.value_from.as_ref()?;
-    config_map_key_ref.as_ref()
+/// Where a variable's value is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeyReference<'a> {
+    /// The object's kind.
+    pub kind: Kind,
+    /// Its name.
+    pub name: &'a str,
+    /// The key within it.
+    pub key: &'a str,
+    /// Whether the variable may be left out.
+    pub optional: bool,
 }
 
-/// The environment of a spec, from what its references hold.
-///
-/// # Errors
-/// `ReferenceNotFound`: a ConfigMap or a key that is not optional is not there, or cannot be used.
-/// `ReferenceTooLarge`: all together is more than 512 KiB.
-pub fn resolve(spec: &DeploymentSpec, contents: &Contents) -> Result<Environment, LookupFailure> {
-    let mut shared = imported(&spec.env_from, contents)?;
-    let own = plain(&spec.env, "spec.env", contents)?;
-    shared.retain(|variable| own.iter().all(|o| o.name != variable.name));
-    shared.extend(own);
-    let build = spec.build.as_ref().map_or(&[][..], |build| &build.env);
-    let environment = Environment {
-        shared,
-        build: plain(build, "spec.build.env", contents)?,
-        processes: spec
-            .processes
-            .iter()
-            .map(|process| {
-                let place = format!("spec.processes[{}].env", process.name);
-                Ok((process.name.clone(), plain(&process.env, &place, contents)?))
-            })
-            .collect::<Result<_, LookupFailure>>()?,
-    };
-    if environment.size() > ENVIRONMENT_LIMIT {
-        return Err(too_large());
-    }
-    Ok(environment)
-}
-
-fn too_large() -> LookupFailure {
-    LookupFailure {
-        reason: Reason::ReferenceTooLarge,
-        message: format!(
-            "the variables of build and processes are more than {} KiB all together; refer to the keys that are needed, instead of whole ConfigMaps",
-            ENVIRONMENT_LIMIT / 1024
-        ),
-    }
-}
-
-fn not_found(message: String) -> LookupFailure {
-    LookupFailure {
-        reason: Reason::ReferenceNotFound,
-        message,
-    }
-}
-
-/// What a ConfigMap holds; nothing if it is not there and need not be.
-fn held_by<'a>(
-    name: &str,
-    optional: bool,
-    place: &str,
-    contents: &'a Contents,
-) -> Result<Option<&'a BTreeMap<String, String>>, LookupFailure> {
-    match contents.get(name) {
-        Some(Content::Held(data)) => Ok(Some(data)),
-        Some(Content::TooLarge) => Err(too_large()),
-        Some(Content::Forbidden) => Err(not_found(format!(
-            "{place}: the controller may not read the ConfigMap {name}; its ClusterRole needs get on configmaps"
-        ))),
-        Some(Content::Absent) | None if optional => Ok(None),
-        Some(Content::Absent) | None => Err(not_found(format!(
-            "{place}: there is no ConfigMap {name} in the Deployment's namespace; create it, change the name, or set optional"
-        ))),
-    }
-}
-
-/// The variables of `envFrom`, sorted by name; of two of one name, the later object's.
-fn imported(sources: &[EnvFromSource], contents: &Contents) -> Result<Vec<EnvVar>, LookupFailure> {
-    let mut variables = BTreeMap::new();
-    for EnvFromSource {
-        config_map_ref,
-        prefix,
-    } in sources
-    {
-        let Some(ConfigMapEnvSource { name, optional }) = config_map_ref else {
-            continue;
-        };
-        let data = held_by(name, *optional, "spec.envFrom", contents)?;
-        let prefix = prefix.as_deref().unwrap_or_default();
-        for (key, value) in data.into_iter().flatten() {
-            let variable = format!("{prefix}{key}");
-            if is_variable_name(&variable) {
-                let value = usable(value, name, key, "spec.envFrom")?;
-                variables.insert(variable, value.to_owned());
-            }
-        }
-    }
-    Ok(variables
-        .into_iter()
-        .map(|(name, value)| EnvVar::plain(name, value))
-        .collect())
-}
-
-/// The variables of an `env`, in its order; those that are optional and not there left out.
-fn plain(env: &[EnvVar], place: &str, contents: &Contents) -> Result<Vec<EnvVar>, LookupFailure> {
-    let mut variables = Vec::new();
-    for variable in env {
-        let Some(ConfigMapKeySelector {
+impl<'a> KeyReference<'a> {
+    /// Of a variable; nothing for one with a plain value.
+    pub fn of(variable: &'a EnvVar) -> Option<Self> {
+        let EnvVarSource {
+            config_map_key_ref,
+            secret_key_ref,
+        } = variable.value_from.as_ref()?;
+        let config_map = config_map_key_ref.as_ref().map(|s| (Kind::ConfigMap, s));
+        let secret = secret_key_ref.as_ref().map(|s| (Kind::Secret, s));
+        let (
+            kind,
+            KeySelector {
+                name,
+                key,
+                optional,
+            },
+        ) = config_map.or(secret)?;
+        Some(Self {
+            kind,
             name,
             key,
-            optional,
-        }) = key_reference(variable)
-        else {
-            variables.push(EnvVar::plain(&variable.name, variable.plain_value()));
-            continue;
-        };
-        let place = format!("{place}[{}]", variable.name);
-        let data = held_by(name, *optional, &place, contents)?;
-        match data.and_then(|data| data.get(key)) {
-            Some(value) => {
-                let value = usable(value, name, key, &place)?;
-                variables.push(EnvVar::plain(&variable.name, value));
-            }
-            None if *optional => {}
-            None => {
-                return Err(not_found(format!(
-                    "{place}: the ConfigMap {name} has no key {key}; add it, change the key, or set optional"
-                )));
-            }
+            optional: *optional,
+        })
+    }
+
+    fn object(&self) -> Object {
+        Object {
+            kind: self.kind,
+            name: self.name.to_owned(),
         }
     }
-    Ok(variables)
 }
 
-fn usable<'a>(
-    value: &'a str,
-    name: &str,
-    key: &str,
-    place: &str,
-) -> Result<&'a str, LookupFailure> {
-    if value.contains('\0') {
-        return Err(not_found(format!(
-            "{place}: the key {key} of the ConfigMap {name} holds a NUL, which no variable can; change it"
-        )));
+/// An object whose every key is a variable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct WholeReference<'a> {
+    kind: Kind,
+    name: &'a str,
+    optional: bool,
+}
+
+impl<'a> WholeReference<'a> {
+    fn of(source: &'a EnvFromSource) -> Option<Self> {
+        let EnvFromSource {
+            config_map_ref,
+            secret_ref,
+            prefix: _,
+        } = source;
+        let config_map = config_map_ref.as_ref().map(|s| (Kind::ConfigMap, s));
+        let secret = secret_ref.as_ref().map(|s| (Kind::Secret, s));
+        let (kind, EnvSource { name, optional }) = config_map.or(secret)?;
+        Some(Self {
+            kind,
+            name,
+            optional: *optional,
+        })
     }
-    Ok(value)
-}
 
-/// The environment of an earlier template, if the spec could have been rendered to it but for what its references
-/// held then: what goes on while a reference is not there.
-pub fn held(spec: &DeploymentSpec, template: &Template) -> Option<Environment> {
-    let environment = Environment::of(template);
-    let build = spec.build.as_ref().map_or(&[][..], |build| &build.env);
-    let fits = could_be(&spec.env, !spec.env_from.is_empty(), &environment.shared)
-        && could_be(build, false, &environment.build)
-        && spec.processes.iter().all(|process| {
-            let held = environment.processes.get(&process.name);
-            held.is_some_and(|held| could_be(&process.env, false, held))
-        });
-    fits.then_some(environment)
-}
-
-fn could_be(env: &[EnvVar], imports: bool, held: &[EnvVar]) -> bool {
-    let all_there = env.iter().all(|variable| {
-        let found = held.iter().find(|h| h.name == variable.name);
-        match (key_reference(variable), found) {
-            (None, Some(found)) => found.plain_value() == variable.plain_value(),
-            (Some(selector), None) => selector.optional,
-            (Some(_), Some(_)) => true,
-            (None, None) => false,
+    fn object(&self) -> Object {
+        Object {
+            kind: self.kind,
+            name: self.name.to_owned(),
         }
-    });
-    let known = |h: &EnvVar| env.iter().any(|variable| variable.name == h.name);
-    all_there && (imports || held.iter().all(known))
+    }
 }
 
 /// What Deployments refer to. Cheap to clone.
@@ -331,6 +268,7 @@ struct Shared {
     epoch: Instant,
     wake: Trigger<Key>,
     reads: Family<ReadLabels, Counter>,
+    keys: DigestKeys,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -339,16 +277,22 @@ struct ReadLabels {
 }
 
 impl References {
-    /// None yet. `wake` is told of Deployments whose answer is new.
-    pub fn new(client: Client, wake: Trigger<Key>, registry: &mut Registry) -> Self {
+    /// None yet. `wake` is told of Deployments whose answer is new; the key of digests is kept in `namespace`.
+    pub fn new(
+        client: Client,
+        namespace: &str,
+        wake: Trigger<Key>,
+        registry: &mut Registry,
+    ) -> Self {
         let reads = Family::default();
         registry.register(
             "kari_reference_reads",
-            "Reads of ConfigMaps that Deployments refer to, by result",
+            "Reads of ConfigMaps and Secrets that Deployments refer to, by result",
             reads.clone(),
         );
         Self {
             shared: Arc::new(Shared {
+                keys: DigestKeys::new(client.clone(), namespace),
                 client,
                 schedule: Mutex::new(Schedule::default()),
                 changed: Notify::new(),
@@ -428,14 +372,12 @@ impl References {
 
     /// Nothing if the API server did not answer one of the reads.
     async fn read_all(&self, key: &Key, spec: &DeploymentSpec) -> Option<Contents> {
-        let api: Api<ConfigMap> = Api::namespaced(self.shared.client.clone(), &key.namespace);
         let mut contents = Contents::new();
         let mut size = 0;
-        for (name, keys) in wanted(spec) {
-            let read = tokio::time::timeout(TIME_LIMIT, api.get_opt(&name)).await;
+        for (object, keys) in wanted(spec) {
+            let read = tokio::time::timeout(TIME_LIMIT, self.read_object(key, &object)).await;
             let (result, content) = match read {
-                Ok(Ok(Some(object))) => {
-                    let mut data = object.data.unwrap_or_default();
+                Ok(Ok(Some(mut data))) => {
                     if let Keys::Some(keys) = &keys {
                         data.retain(|key, _| keys.contains(key));
                     }
@@ -451,7 +393,7 @@ impl References {
                     ("Forbidden", Some(Content::Forbidden))
                 }
                 Ok(Err(error)) => {
-                    debug!(%key, name, "a ConfigMap was not read: {}", error_chain(&error));
+                    debug!(%key, "the {object} was not read: {}", error_chain(&error));
                     ("Failed", None)
                 }
                 Err(_) => ("Failed", None),
@@ -460,9 +402,41 @@ impl References {
                 .reads
                 .get_or_create(&ReadLabels { result })
                 .inc();
-            contents.insert(name, content?);
+            if object.kind == Kind::Secret && contents.digests.is_none() {
+                let had = tokio::time::timeout(TIME_LIMIT, self.shared.keys.get()).await;
+                let digest_key = had.ok()?.ok()?;
+                contents.digests = digest_key.map(|k| Digests::new(k, &key.namespace, &key.name));
+            }
+            contents.objects.insert(object, content?);
         }
         Some(contents)
+    }
+
+    async fn read_object(
+        &self,
+        key: &Key,
+        object: &Object,
+    ) -> Result<Option<BTreeMap<String, SecretBytes>>, kube::Error> {
+        let client = self.shared.client.clone();
+        Ok(match object.kind {
+            Kind::ConfigMap => {
+                let api: Api<ConfigMap> = Api::namespaced(client, &key.namespace);
+                let found = api.get_opt(&object.name).await?;
+                found.map(|found| {
+                    let data = found.data.unwrap_or_default().into_iter();
+                    data.map(|(k, v)| (k, SecretBytes::new(v.into_bytes())))
+                        .collect()
+                })
+            }
+            Kind::Secret => {
+                let api: Api<Secret> = Api::namespaced(client, &key.namespace);
+                let found = api.get_opt(&object.name).await?;
+                found.map(|found| {
+                    let data = found.data.unwrap_or_default().into_iter();
+                    data.map(|(k, v)| (k, SecretBytes::new(v.0))).collect()
+                })
+            }
+        })
     }
 }
 
@@ -490,134 +464,30 @@ mod tests {
         serde_json::from_value(spec).unwrap_or_else(|e| panic!("{e}"))
     }
 
-    fn reference(name: &str, key: &str, optional: bool) -> serde_json::Value {
-        json!({"name": name, "valueFrom": {"configMapKeyRef": {"name": "shop", "key": key, "optional": optional}}})
+    fn config_map(name: &str, key: &str) -> serde_json::Value {
+        json!({"name": name, "valueFrom": {"configMapKeyRef": {"name": "shop", "key": key}}})
     }
 
-    fn contents(maps: serde_json::Value) -> Contents {
-        let maps: BTreeMap<String, BTreeMap<String, String>> =
-            serde_json::from_value(maps).unwrap_or_else(|e| panic!("{e}"));
-        maps.into_iter()
-            .map(|(name, data)| (name, Content::Held(data)))
-            .collect()
-    }
-
-    fn pairs(env: &[EnvVar]) -> Vec<(&str, &str)> {
-        env.iter()
-            .map(|v| (v.name.as_str(), v.plain_value()))
-            .collect()
-    }
-
-    #[test]
-    fn an_environment_is_imported_and_overridden_in_the_documented_order() {
-        let spec = spec(json!({
-            "/envFrom": [
-                {"configMapRef": {"name": "first"}},
-                {"configMapRef": {"name": "second"}, "prefix": "S_"},
-                {"configMapRef": {"name": "third", "optional": true}},
-                {"configMapRef": {"name": "shop"}},
-            ],
-            "/env": [{"name": "LOG", "value": "info"}, reference("LEVEL", "level", false), reference("NONE", "none", true)],
-            "/build/env": [reference("LEVEL", "level", false)],
-            "/processes/0/env": [reference("LOG", "level", false), {"name": "EMPTY"}],
-        }));
-        let contents = contents(json!({
-            "first": {"A": "1", "B": "1", "LOG": "1", "not.a.name": "1", "9": "1"},
-            "second": {"9": "2"},
-            "shop": {"B": "3", "level": "high"},
-        }));
-        let environment = resolve(&spec, &contents).unwrap_or_else(|e| panic!("{e}"));
-        assert_eq!(
-            pairs(&environment.shared),
-            [
-                ("A", "1"),
-                ("B", "3"),
-                ("S_9", "2"),
-                ("level", "high"),
-                ("LOG", "info"),
-                ("LEVEL", "high")
-            ]
-        );
-        assert_eq!(pairs(&environment.build), [("LEVEL", "high")]);
-        assert_eq!(
-            pairs(&environment.processes["web"]),
-            [("LOG", "high"), ("EMPTY", "")]
-        );
-    }
-
-    #[test]
-    fn what_is_not_there_is_named_with_what_to_do() {
-        let by_key = spec(json!({"/processes/0/env": [reference("LEVEL", "level", false)]}));
-        let whole = spec(json!({"/envFrom": [{"configMapRef": {"name": "shop"}}]}));
-        let large = contents(json!({"shop": {"level": "x".repeat(ENVIRONMENT_LIMIT)}}));
-        let one = |content| Contents::from([("shop".to_owned(), content)]);
-        for (case, spec, contents, reason, says) in [
-            (
-                "no ConfigMap",
-                &by_key,
-                Contents::new(),
-                Reason::ReferenceNotFound,
-                "processes[web].env[LEVEL]: there is no ConfigMap shop",
-            ),
-            (
-                "no key",
-                &by_key,
-                contents(json!({"shop": {}})),
-                Reason::ReferenceNotFound,
-                "the ConfigMap shop has no key level; add it",
-            ),
-            (
-                "absent",
-                &whole,
-                one(Content::Absent),
-                Reason::ReferenceNotFound,
-                "spec.envFrom: there is no ConfigMap shop",
-            ),
-            (
-                "forbidden",
-                &whole,
-                one(Content::Forbidden),
-                Reason::ReferenceNotFound,
-                "get on configmaps",
-            ),
-            (
-                "NUL",
-                &by_key,
-                contents(json!({"shop": {"level": "a\u{0}"}})),
-                Reason::ReferenceNotFound,
-                "NUL",
-            ),
-            ("large", &whole, large, Reason::ReferenceTooLarge, "512 KiB"),
-            (
-                "larger than is kept",
-                &whole,
-                one(Content::TooLarge),
-                Reason::ReferenceTooLarge,
-                "512 KiB",
-            ),
-        ] {
-            let failure = resolve(spec, &contents)
-                .err()
-                .unwrap_or_else(|| panic!("{case}: resolved"));
-            assert_eq!(failure.reason, reason, "{case}");
-            assert!(failure.message.contains(says), "{case}: {failure}");
-            assert!(failure.reason.needs_a_person(), "{case}");
-        }
+    fn secret(name: &str, key: &str) -> serde_json::Value {
+        json!({"name": name, "valueFrom": {"secretKeyRef": {"name": "shop", "key": key}}})
     }
 
     #[test]
     fn only_what_is_referred_to_is_read() {
         let spec = spec(json!({
-            "/envFrom": [{"configMapRef": {"name": "whole"}}],
-            "/env": [reference("A", "a", true), reference("B", "b", false)],
-            "/build/env": [reference("C", "c", false)],
+            "/envFrom": [{"configMapRef": {"name": "whole"}}, {"secretRef": {"name": "whole"}}],
+            "/env": [config_map("A", "a"), config_map("B", "b"), secret("D", "a"), secret("E", "b")],
+            "/build/env": [config_map("C", "c")],
+            "/processes/0/env": [secret("F", "c")],
         }));
-        let keys = ["a", "b", "c"].map(str::to_owned).into();
+        let keys: BTreeSet<String> = ["a", "b", "c"].map(str::to_owned).into();
         assert_eq!(
             wanted(&spec),
             [
-                ("whole".to_owned(), Keys::All),
-                ("shop".to_owned(), Keys::Some(keys))
+                (Object::config_map("whole"), Keys::All),
+                (Object::config_map("shop"), Keys::Some(keys.clone())),
+                (Object::secret("whole"), Keys::All),
+                (Object::secret("shop"), Keys::Some(keys)),
             ]
             .into()
         );

@@ -74,6 +74,8 @@ pub fn render(
         shared,
         build: build_env,
         mut processes,
+        secret,
+        sealed: _,
     } = environment;
     let strategy = spec.strategy.clone().unwrap_or_default();
     let Strategy {
@@ -95,6 +97,7 @@ pub fn render(
             ..build
         }),
         env: shared,
+        secret_env: secret,
         processes: spec
             .processes
             .iter()
@@ -160,13 +163,14 @@ fn content(data: &RevisionData) -> Vec<u8> {
             },
         build,
         env,
+        secret_env,
         processes,
         switch: _,
         min_ready_seconds: _,
         keep_releases: _,
         deletion_policy: _,
     } = template;
-    let value = json!({
+    let mut value = json!({
         "commit": commit,
         "directory": directory,
         "submodules": submodules,
@@ -174,6 +178,10 @@ fn content(data: &RevisionData) -> Vec<u8> {
         "env": env,
         "processes": processes,
     });
+    // Revisions without secrets keep the names that they had before there were any.
+    if !secret_env.is_empty() {
+        value["secretEnv"] = json!(secret_env);
+    }
     let mut bytes = Vec::new();
     write_canonically(&value, &mut bytes);
     bytes

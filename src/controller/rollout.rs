@@ -16,11 +16,12 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use crate::api::ReleaseSpec;
 use crate::api::names::{NodeName, ReleaseId, RevisionName};
-use crate::api::release::OnDelete;
+use crate::api::release::{OnDelete, Purpose, Template};
 
 use super::observed::{
     FailureClass, Observed, ObservedNode, ObservedRelease, Presence, Reach, RevisionData,
 };
+use super::sealing::{Sealing, SecretValue, Unsealed};
 
 /// Slots at most, whatever the spec says: `status.active` names each of them.
 pub const MOST_SLOTS: usize = 256;
@@ -35,6 +36,18 @@ pub struct Wanted {
     pub revision: RevisionName,
     /// Its content, and how nodes change over to it now.
     pub data: RevisionData,
+    /// The secrets of its Releases.
+    pub secrets: Vec<SecretValue>,
+}
+
+impl Wanted {
+    /// The secrets of a Release that goes back to `template`: the values of its variables are those that the
+    /// node has kept; what is not of a revision is as it is now.
+    fn secrets_of(&self, template: &Template) -> Vec<SecretValue> {
+        let others = self.secrets.iter().filter(|s| s.purpose != Purpose::Env);
+        let env = SecretValue::env(template, None);
+        env.into_iter().chain(others.cloned()).collect()
+    }
 }
 
 /// What a decision is made from besides what was observed.
@@ -61,6 +74,8 @@ pub struct Rollout {
     pub steps: Vec<Step>,
     /// Nodes that wait for a slot.
     pub waiting: BTreeSet<NodeName>,
+    /// Nodes that get nothing, as no secret can be sealed for them.
+    pub without_secrets: BTreeSet<NodeName>,
     /// Nodes that give their slot back with this decision.
     pub giving_back: BTreeSet<NodeName>,
     /// The deadline has passed and nothing moved.
@@ -89,6 +104,8 @@ pub enum Step {
         resource_version: String,
         /// What it says from now on.
         spec: Box<ReleaseSpec>,
+        /// What is sealed into it besides.
+        unsealed: Vec<Unsealed>,
         /// The value of `kari.dev/retry` that it was decided under.
         retry: Option<String>,
     },
@@ -98,6 +115,8 @@ pub enum Step {
         name: String,
         /// What it says.
         spec: Box<ReleaseSpec>,
+        /// What is sealed into it besides.
+        unsealed: Vec<Unsealed>,
         /// The value of `kari.dev/retry` that it was decided under.
         retry: Option<String>,
     },
@@ -228,8 +247,7 @@ fn remove_what_left(observed: &Observed, suspended: bool, rollout: &mut Rollout)
             let mut spec = release.spec.clone();
             spec.on_delete = on_delete;
             spec.template.deletion_policy = deletion_policy;
-            let step = update(release, Box::new(spec), release.retry.clone());
-            rollout.steps.push(step);
+            rollout.steps.push(update_kept(release, spec));
         }
     }
 }
@@ -252,8 +270,7 @@ fn update_policy(observed: &Observed, rollout: &mut Rollout) {
             let mut spec = release.spec.clone();
             spec.on_delete = OnDelete::FollowPolicy;
             spec.template.deletion_policy = deletion_policy;
-            let step = update(release, Box::new(spec), release.retry.clone());
-            rollout.steps.push(step);
+            rollout.steps.push(update_kept(release, spec));
         }
     }
 }
@@ -281,6 +298,22 @@ impl Assign<'_> {
             && release.spec.template != self.wanted.data.template
     }
 
+    /// What the node's Release carries sealed when it serves the wanted revision.
+    fn sealing(&self, node: &ObservedNode) -> Sealing {
+        let Wanted {
+            revision, secrets, ..
+        } = self.wanted;
+        let before = node.release.as_ref().map(|release| &release.spec);
+        Sealing::plan(secrets, node.key.as_ref(), before, revision.as_str())
+    }
+
+    /// The node can be given all that is secret.
+    fn can_seal(&self, node: &ObservedNode) -> bool {
+        let revision = self.wanted.revision.as_str();
+        self.sealing(node)
+            .is_complete(node.release.as_ref(), revision)
+    }
+
     fn needs_work(&self, node: &ObservedNode) -> bool {
         match &node.release {
             None => true,
@@ -296,7 +329,8 @@ impl Assign<'_> {
     /// The write that has the node serve the wanted revision.
     fn step(&self, node: &ObservedNode) -> Step {
         let deployment = &self.observed.deployment;
-        let Wanted { revision, data } = self.wanted;
+        let Wanted { revision, data, .. } = self.wanted;
+        let Sealing { sealed, unsealed } = self.sealing(node);
         let attempt = node.release.as_ref().map_or(1, |r| r.spec.attempt + 1);
         // A node that serves the revision already keeps its release, and has nothing to do.
         let served = node
@@ -324,14 +358,16 @@ impl Assign<'_> {
             commit: data.commit.to_string(),
             template: data.template.clone(),
             retain,
+            sealed,
             on_delete: OnDelete::FollowPolicy,
         });
         let retry = self.retry.map(str::to_owned);
         match &node.release {
-            Some(release) => update(release, spec, retry),
+            Some(release) => update(release, spec, unsealed, retry),
             None => Step::Create {
                 name: crate::api::names::release_name(&deployment.name, &node.name),
                 spec,
+                unsealed,
                 retry,
             },
         }
@@ -381,6 +417,10 @@ fn begin(assign: &Assign<'_>, before: &BTreeSet<NodeName>, rollout: &mut Rollout
         )
     });
     for node in candidates {
+        if !assign.can_seal(node) {
+            rollout.without_secrets.insert(node.name.clone());
+            continue;
+        }
         let used = rollout.active.len();
         let is_unavailable = unavailable.contains(&node.name);
         let fits = used < slots && (is_unavailable || used + unavailable.len() < slots);
@@ -425,7 +465,7 @@ fn give_back(assign: &Assign<'_>, rollout: &mut Rollout) {
             None => {
                 let mut spec = release.spec.clone();
                 spec.on_delete = OnDelete::KeepState;
-                Some(update(release, Box::new(spec), release.retry.clone()))
+                Some(update_kept(release, spec))
             }
             Some(serving) => assign
                 .observed
@@ -436,15 +476,19 @@ fn give_back(assign: &Assign<'_>, rollout: &mut Rollout) {
                 .map(|data| {
                     let mut template = data.template.clone();
                     template.deletion_policy = release.spec.template.deletion_policy;
+                    let secrets = assign.wanted.secrets_of(&template);
+                    let (key, revision) = (node.key.as_ref(), &serving.revision);
+                    let Sealing { sealed, unsealed } = Sealing::plan(&secrets, key, None, revision);
                     let spec = Box::new(ReleaseSpec {
                         release_id: serving.release_id,
                         attempt: release.spec.attempt + 1,
                         revision: serving.revision.clone(),
                         commit: serving.commit.clone(),
                         template,
+                        sealed,
                         ..release.spec.clone()
                     });
-                    update(release, spec, release.retry.clone())
+                    update(release, spec, unsealed, release.retry.clone())
                 }),
         };
         if let Some(step) = step {
@@ -470,8 +514,8 @@ fn withdraw(assign: &Assign<'_>, rollout: &mut Rollout) {
     }
 }
 
-/// Tells nodes that have the revision already what changed besides it: same release id, no slot. And
-/// takes on what an earlier Deployment of the name left behind.
+/// Tells nodes that have the revision already what changed besides it, and seals anew what was sealed to an
+/// earlier key: same release id, no slot. And takes on what an earlier Deployment of the name left behind.
 fn update_in_place(assign: &Assign<'_>, rollout: &mut Rollout) {
     for node in &assign.observed.nodes {
         let Some(release) = node.release.as_ref().filter(|r| !r.deleting) else {
@@ -483,16 +527,21 @@ fn update_in_place(assign: &Assign<'_>, rollout: &mut Rollout) {
         if !writable || touched {
             continue;
         }
+        let sealing = assign.sealing(node);
         let behind = assign.has_wanted(release)
-            && release.spec.template != assign.wanted.data.template
-            && release.failed().is_none();
+            && release.failed().is_none()
+            && (release.spec.template != assign.wanted.data.template
+                || !sealing.stands_in(&release.spec));
         if behind || release.orphaned {
             let mut spec = release.spec.clone();
+            let mut unsealed = Vec::new();
             spec.on_delete = OnDelete::FollowPolicy;
             if behind {
                 spec.template = assign.wanted.data.template.clone();
+                spec.sealed = sealing.sealed;
+                unsealed = sealing.unsealed;
             }
-            let step = update(release, Box::new(spec), release.retry.clone());
+            let step = update(release, Box::new(spec), unsealed, release.retry.clone());
             rollout.steps.push(step);
         }
     }
@@ -517,12 +566,23 @@ fn delete(release: &ObservedRelease) -> Step {
     }
 }
 
-fn update(release: &ObservedRelease, spec: Box<ReleaseSpec>, retry: Option<String>) -> Step {
+/// A change of a Release that leaves what is sealed in it as it is.
+fn update_kept(release: &ObservedRelease, spec: ReleaseSpec) -> Step {
+    update(release, Box::new(spec), Vec::new(), release.retry.clone())
+}
+
+fn update(
+    release: &ObservedRelease,
+    spec: Box<ReleaseSpec>,
+    unsealed: Vec<Unsealed>,
+    retry: Option<String>,
+) -> Step {
     Step::Update {
         name: release.name.clone(),
         uid: release.uid.clone(),
         resource_version: release.resource_version.clone(),
         spec,
+        unsealed,
         retry,
     }
 }

@@ -396,7 +396,12 @@ fn rolling(facts: &Facts<'_>, served: &str) -> Verdict {
         reconciling: true,
         stalled: false,
         reason,
-        message: format!("{served}{}{}{more}", changing(facts), in_the_way(facts)),
+        message: format!(
+            "{served}{}{}{}{more}",
+            changing(facts),
+            in_the_way(facts),
+            without_secrets(facts)
+        ),
     }
 }
 
@@ -411,6 +416,20 @@ fn in_the_way(facts: &Facts<'_>) -> String {
         String::new()
     } else {
         format!("; on {} an earlier Release has yet to go", listed(&names))
+    }
+}
+
+/// Nodes that cannot be given what is secret.
+fn without_secrets(facts: &Facts<'_>) -> String {
+    let nodes = facts.rollout.without_secrets.iter();
+    let names: Vec<_> = nodes.map(NodeName::to_string).collect();
+    if names.is_empty() {
+        String::new()
+    } else {
+        format!(
+            "; {} cannot be given the values of Secrets: its agent has announced no key, or the values are not known any more",
+            listed(&names)
+        )
     }
 }
 

@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::api::names::{Commit, NodeName};
 use crate::api::reasons::Reason;
 use crate::api::release::{AttemptStatus, Failure, Phase, Serving};
-use crate::api::{DeploymentSpec, DeploymentStatus, ReleaseStatus, conditions};
+use crate::api::{DeploymentSpec, DeploymentStatus, ReleaseSpec, ReleaseStatus, conditions};
 
 use super::observed::{
     Lookup, LookupFailure, Observed, ObservedDeployment, ObservedNode, ObservedRelease,
@@ -22,6 +22,7 @@ use super::observed::{
 use super::plan::{Plan, RevisionStep, plan};
 use super::references::Contents;
 use super::rollout::Step;
+use super::sealing::{Unsealed, sealed};
 
 /// A commit of one digit.
 pub fn commit(digit: char) -> Commit {
@@ -252,7 +253,13 @@ impl World {
     fn write(&mut self, step: &Step) {
         let resource_version = self.next_version();
         match step {
-            Step::Create { name, spec, retry } => {
+            Step::Create {
+                name,
+                spec,
+                unsealed,
+                retry,
+            } => {
+                let spec = written_spec(name, spec, unsealed);
                 let node = self.node(&spec.node_name);
                 assert!(node.release.is_none(), "created twice: {name}");
                 node.release = Some(ObservedRelease {
@@ -263,7 +270,7 @@ impl World {
                     deleting: false,
                     orphaned: false,
                     retry: retry.clone(),
-                    spec: (**spec).clone(),
+                    spec,
                     status: ReleaseStatus::default(),
                     held_up_for: None,
                 });
@@ -272,15 +279,17 @@ impl World {
                 name,
                 uid,
                 spec,
+                unsealed,
                 retry,
                 ..
             } => {
+                let spec = written_spec(name, spec, unsealed);
                 let release = self.written(name, uid);
                 assert!(!release.deleting, "wrote to a dying Release: {name}");
                 if release.spec.release_id != spec.release_id {
                     release.held_up_for = None;
                 }
-                release.spec = (**spec).clone();
+                release.spec = spec;
                 release.retry = retry.clone();
                 release.orphaned = false;
                 release.generation += 1;
@@ -425,6 +434,11 @@ impl World {
     }
 }
 
+/// What the API server is sent.
+pub fn written_spec(name: &str, spec: &ReleaseSpec, unsealed: &[Unsealed]) -> ReleaseSpec {
+    sealed("web", name, spec, unsealed).unwrap_or_else(|e| panic!("{e}"))
+}
+
 /// A node that matches and is reachable, with nothing on it.
 pub fn node(name: &str) -> ObservedNode {
     ObservedNode {
@@ -435,6 +449,7 @@ pub fn node(name: &str) -> ObservedNode {
             cordoned: false,
         },
         reach: Reach::Fresh,
+        key: None,
         release: None,
         name_taken: false,
         gave_back: false,

@@ -2,7 +2,7 @@
 //! all the time.
 //!
 //! A node's Lease is renewed each few seconds and a Node's status changes often: only freshness,
-//! presence, labels and schedulability wake anything. The controller's own status writes wake nothing.
+//! the sealing key, presence, labels and schedulability wake anything. The controller's own status writes wake nothing.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,9 +17,10 @@ use kube::{Resource, ResourceExt};
 use tokio_util::sync::CancellationToken;
 
 use crate::api::names::{NODE_LEASE_PREFIX, NodeName};
-use crate::api::{Deployment, LABEL_DEPLOYMENT, Release};
+use crate::api::{ANNOTATION_PUBLIC_KEY, Deployment, LABEL_DEPLOYMENT, Release};
 use crate::runtime::serve::Heartbeat;
 use crate::runtime::supervise::Trigger;
+use crate::seal::NodePublicKey;
 
 use super::Key;
 use super::observe::{Cache, Caches, reference};
@@ -167,7 +168,10 @@ impl Triggers {
             if self.leases.get(&reference(&key(&object))).is_none() {
                 self.caches.leases().removed(&node);
             } else {
-                self.caches.leases().changed(node, renewal(&object), now);
+                let key = public_key(&object);
+                self.caches
+                    .leases()
+                    .changed(node, renewal(&object), key, now);
             }
             self.wake_changes();
         }
@@ -178,7 +182,7 @@ impl Triggers {
         let mut leases = self.caches.leases();
         for object in self.leases.state() {
             if let Some(node) = node_of(&object) {
-                leases.found(node, renewal(&object), now);
+                leases.found(node, renewal(&object), public_key(&object), now);
             }
         }
         self.leases_listed.cancel();
@@ -288,6 +292,11 @@ fn node_of(object: &DeserializeGuard<Lease>) -> Option<NodeName> {
         .name_any()
         .strip_prefix(NODE_LEASE_PREFIX)
         .map(NodeName::new)
+}
+
+/// What values for the node are sealed to. A key that is none counts as not said: nothing is sealed to it.
+fn public_key(object: &DeserializeGuard<Lease>) -> Option<NodePublicKey> {
+    NodePublicKey::parse(object.annotations().get(ANNOTATION_PUBLIC_KEY)?).ok()
 }
 
 /// The Lease's renewTime as opaque text.

@@ -801,6 +801,7 @@ async fn a_decision_on_what_has_changed_meanwhile_is_dropped() {
     };
     let name = "shop-n1".to_owned();
     let create = |attempt| Step::Create {
+        unsealed: vec![],
         name: name.clone(),
         spec: spec(attempt),
         retry: None,
@@ -833,6 +834,7 @@ async fn a_decision_on_what_has_changed_meanwhile_is_dropped() {
 
     // What was read is what is changed, and once.
     let update = |uid: &str, attempt| Step::Update {
+        unsealed: vec![],
         name: name.clone(),
         uid: uid.to_owned(),
         resource_version: version.clone(),
@@ -850,6 +852,7 @@ async fn a_decision_on_what_has_changed_meanwhile_is_dropped() {
     // Nor is another of its name changed, or deleted.
     let other = "00000000-0000-4000-8000-000000000000";
     let update_other = Step::Update {
+        unsealed: vec![],
         name: name.clone(),
         uid: other.to_owned(),
         resource_version: newer.clone(),
@@ -876,6 +879,7 @@ async fn a_decision_on_what_has_changed_meanwhile_is_dropped() {
     let slot = decision(status.clone(), vec![]);
     assert!(apply(&ground.clean, &before, &slot).await.unwrap().status);
     let update = Step::Update {
+        unsealed: vec![],
         name: name.clone(),
         uid,
         resource_version: newer,

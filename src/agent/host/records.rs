@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::api::names::{AppName, Commit, ReleaseId, RevisionName, hex_digest};
 use crate::api::reasons::Reason;
-use crate::api::release::Template;
+use crate::api::release::{SealedValue, Template};
 
 /// The version that this agent writes and the only one that it reads.
 pub const RECORD_VERSION: u32 = 1;
@@ -120,6 +120,9 @@ pub struct AppliedRelease {
     pub commit: Commit,
     /// The rendered template.
     pub template: Template,
+    /// What of it is secret, sealed to a key of the node.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sealed: Vec<SealedValue>,
     /// The build tree that the processes run in.
     pub build_key: BuildKey,
     /// The units that the target names, in the template's order.
@@ -214,6 +217,9 @@ pub struct Wish {
     /// Revisions that this node must be able to go back to.
     #[serde(default)]
     pub retain: Vec<RevisionName>,
+    /// What of it is secret, sealed to a key of the node; without data where the node has kept it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sealed: Vec<SealedValue>,
 }
 
 /// How a step ended, in systemd's words.
@@ -292,6 +298,9 @@ pub struct ReleaseRecord {
     pub commit: Commit,
     /// The rendered template.
     pub template: Template,
+    /// What of it is secret, sealed to a key of the node and opened when it is used.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sealed: Vec<SealedValue>,
     /// Its build tree.
     pub build_key: BuildKey,
     /// When it was last committed here: the newest are kept.

@@ -86,6 +86,7 @@ pub fn wish(draft: Draft) -> Wish {
         commit: Commit::parse(&format!("{:040x}", draft.commit)).unwrap(),
         template,
         retain: vec![],
+        sealed: vec![],
     }
 }
 

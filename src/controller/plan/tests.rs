@@ -48,12 +48,16 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::api::ReleaseSpec;
 use crate::api::deployment::DeletionPolicy;
 use crate::api::reasons::Reason;
 use crate::api::release::OnDelete;
 use crate::controller::observed::{Presence, Reach};
-use crate::controller::references::Content;
+use crate::controller::references::digests::Digests;
+use crate::controller::references::{Content, Contents, Object};
+use crate::controller::testing::node;
 use crate::controller::testing::{World, commit};
+use crate::seal::{DigestKey, NodeKey, SecretBytes};
 
 fn there(matches: bool, canary: bool, cordoned: bool) -> Presence {
     Presence::There {
@@ -998,8 +1002,8 @@ fn referring() -> World {
 }
 
 fn set_level(world: &mut World, level: &str) {
-    let data = [("level".to_owned(), level.to_owned())].into();
-    world.observed.contents = [("shop".to_owned(), Content::Held(data))].into();
+    let data = [("level".to_owned(), SecretBytes::new(level.into()))].into();
+    world.observed.contents = Contents::of(Object::config_map("shop"), Content::Held(data));
 }
 
 fn level_of(world: &mut World, node: &str) -> Option<String> {
@@ -1026,7 +1030,7 @@ fn what_a_reference_holds_is_part_of_the_revision_and_rolls_out_like_a_commit() 
 fn a_reference_that_is_lost_keeps_what_runs_and_heals_by_itself() {
     let mut world = referring();
     let first = world.status().revision.clone();
-    world.observed.contents = [("shop".to_owned(), Content::Absent)].into();
+    world.observed.contents = Contents::of(Object::config_map("shop"), Content::Absent);
     world.push('b');
     world.roll_out();
     assert_eq!(world.served(), ["a", "a"]);
@@ -1104,4 +1108,151 @@ fn the_tag_that_a_range_found_is_named_and_stays_valid_while_the_source_is_away(
         "it is in another range"
     );
     assert_eq!(world.served(), ["c"]);
+}
+
+// ---- Secrets ----
+
+/// Two nodes with keys, and a variable that is a Secret's.
+fn secretive() -> World {
+    let mut world = World::new(2);
+    for node in &mut world.observed.nodes {
+        node.key = Some(NodeKey::generate().public().clone());
+    }
+    world.spec().env.push(
+        serde_json::from_value(serde_json::json!({"name": "DB", "valueFrom": {"secretKeyRef": {"name": "shop", "key": "url"}}}))
+            .unwrap_or_else(|e| panic!("{e}")),
+    );
+    set_secret(&mut world, Some("value-1"));
+    world.roll_out();
+    assert_eq!(world.served(), ["a", "a"]);
+    world
+}
+
+fn set_secret(world: &mut World, value: Option<&str>) {
+    let content = match value {
+        Some(value) => {
+            let data = [("url".to_owned(), SecretBytes::new(value.into()))];
+            Content::Held(data.into())
+        }
+        None => Content::Absent,
+    };
+    let mut contents = Contents::of(Object::secret("shop"), content);
+    let key = DigestKey::from_bytes(vec![7; 32]).unwrap_or_else(|| panic!("32 bytes"));
+    contents.digests = Some(Digests::new(key, "web", "shop"));
+    world.observed.contents = contents;
+}
+
+fn key_of(world: &mut World, node: &str) -> Option<String> {
+    let sealed = &world.release(node).spec.sealed;
+    sealed.first().and_then(|sealed| sealed.key_id.clone())
+}
+
+#[test]
+fn a_secret_is_sealed_for_each_node_and_in_no_plan_s_text() {
+    let mut world = secretive();
+    for node in ["n1", "n2"] {
+        let key = world.node(node).key.clone().map(|key| key.id().to_string());
+        assert_eq!(key_of(&mut world, node), key, "{node}");
+        let spec = &world.release(node).spec;
+        assert_eq!(spec.sealed.len(), 1);
+        assert_eq!(
+            Some(&spec.sealed[0].digest),
+            spec.template.sealed_env_digest().as_ref()
+        );
+        let text = serde_json::to_string(&spec).unwrap_or_default();
+        assert!(!text.contains("value-1"), "{text}");
+    }
+    let before = world.observed.clone();
+    let plan = world.reconcile();
+    assert!(
+        plan.steps.is_empty(),
+        "what stands is not sealed again: {plan:?}"
+    );
+    world.observed = before;
+    set_secret(&mut world, Some("value-2"));
+    let plan = world.reconcile();
+    assert!(
+        !format!("{plan:?}").contains("value-2"),
+        "a plan may be logged"
+    );
+}
+
+#[test]
+fn another_value_of_a_secret_rolls_out_like_a_commit_and_the_same_one_is_the_same_revision() {
+    let mut world = secretive();
+    let first = world.status().revision.clone();
+    set_secret(&mut world, Some("value-2"));
+    world.roll_out();
+    assert_ne!(world.status().revision, first);
+    assert_eq!(world.most_at_work, 1, "within the budget");
+    set_secret(&mut world, Some("value-1"));
+    world.roll_out();
+    assert_eq!(world.status().revision, first);
+}
+
+#[test]
+fn another_key_of_a_node_has_its_release_sealed_anew_and_nothing_else() {
+    let mut world = secretive();
+    let before = world.release("n1").spec.clone();
+    let key = NodeKey::generate().public().clone();
+    world.node("n1").key = Some(key.clone());
+    let plan = world.reconcile();
+    assert_eq!(plan.steps.len(), 1, "{plan:?}");
+    let after = world.release("n1").spec.clone();
+    assert_eq!(key_of(&mut world, "n1"), Some(key.id().to_string()));
+    let sealed = after.sealed.clone();
+    assert_eq!(
+        ReleaseSpec { sealed, ..before },
+        after,
+        "same release, no slot"
+    );
+    assert!(world.active().is_empty());
+    assert!(world.reconcile().steps.is_empty());
+}
+
+#[test]
+fn a_secret_that_is_deleted_keeps_what_runs_and_a_node_that_never_had_it_waits() {
+    let mut world = secretive();
+    let first = world.status().revision.clone();
+    set_secret(&mut world, None);
+    let mut new = node("n3");
+    new.key = Some(NodeKey::generate().public().clone());
+    world.observed.nodes.push(new);
+    // Nor does another key of a node take away what it has.
+    let before = key_of(&mut world, "n1");
+    world.node("n1").key = Some(NodeKey::generate().public().clone());
+    world.roll_out();
+    assert_eq!(world.status().revision, first);
+    assert_eq!(world.served(), ["a", "a", "-"]);
+    assert_eq!(key_of(&mut world, "n1"), before);
+    let (stalled, message) = world.stalled();
+    assert_eq!(stalled, "True/ReferenceNotFound");
+    assert!(message.contains("there is no Secret shop"), "{message}");
+    let (_, message) = world.ready();
+    assert!(
+        message.contains("n3 cannot be given the values of Secrets"),
+        "{message}"
+    );
+    set_secret(&mut world, Some("value-1"));
+    world.roll_out();
+    assert_eq!(world.served(), ["a", "a", "a"]);
+}
+
+#[test]
+fn a_node_whose_agent_has_announced_no_key_gets_nothing_that_needs_one() {
+    let mut world = secretive();
+    world.node("n2").key = None;
+    set_secret(&mut world, Some("value-2"));
+    let first = world.status().revision.clone();
+    world.roll_out();
+    assert_ne!(world.status().revision, first);
+    let told = |world: &mut World, node: &str| Some(world.release(node).spec.revision.clone());
+    assert_eq!(told(&mut world, "n2"), first);
+    let second = world.status().revision.clone();
+    assert_eq!(told(&mut world, "n1"), second);
+    let (_, message) = world.ready();
+    assert!(
+        message.contains("n2 cannot be given the values of Secrets"),
+        "{message}"
+    );
 }

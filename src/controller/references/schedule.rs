@@ -175,7 +175,7 @@ impl<Key: Clone + Eq + Hash + Ord> Schedule<Key> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::controller::references::Content;
+    use crate::controller::references::{Content, Object};
     use crate::controller::testing::deployment_spec;
 
     const MIDDLE: f64 = 0.5;
@@ -193,11 +193,13 @@ mod tests {
     }
 
     fn absent() -> Option<Contents> {
-        Some([("shop".to_owned(), Content::Absent)].into())
+        let shop = Object::config_map("shop");
+        Some(Contents::of(shop, Content::Absent))
     }
 
     fn there() -> Option<Contents> {
-        Some([("shop".to_owned(), Content::Held([].into()))].into())
+        let shop = Object::config_map("shop");
+        Some(Contents::of(shop, Content::Held([].into())))
     }
 
     #[test]

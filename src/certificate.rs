@@ -5,14 +5,15 @@
 //! Deliberately absent: whether it is for a host name, and whether it has expired. Whoever serves a wrong one
 //! is told so by each browser, and keeping the old one instead would hide it.
 
-use std::collections::BTreeMap;
 use std::fmt;
 
-use k8s_openapi::ByteString;
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
+
+use crate::seal::SecretBytes;
+use crate::seal::data::SecretData;
 
 /// Key of the certificate and those that vouch for it, in a Secret.
 const CERTIFICATE: &str = "tls.crt";
@@ -72,9 +73,12 @@ impl ServerCertificate {
     ///
     /// # Errors
     /// Which key is missing or cannot be served, and why.
-    pub fn parse(data: &BTreeMap<String, ByteString>) -> Result<Self, CertificateError> {
-        let value = |key| data.get(key).ok_or(CertificateError::Missing(key));
-        let (ByteString(chain), ByteString(key)) = (value(CERTIFICATE)?, value(PRIVATE_KEY)?);
+    pub fn parse(data: &SecretData) -> Result<Self, CertificateError> {
+        let value = |key| {
+            let found = data.get(key).map(SecretBytes::expose);
+            found.ok_or(CertificateError::Missing(key))
+        };
+        let (chain, key) = (value(CERTIFICATE)?, value(PRIVATE_KEY)?);
         if chain.len() + key.len() > SIZE_LIMIT {
             return Err(CertificateError::TooLarge);
         }
@@ -98,5 +102,83 @@ impl ServerCertificate {
             chain: text(chain).ok_or(CertificateError::Certificate)?,
             key: text(key).ok_or(CertificateError::PrivateKey)?,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rcgen::KeyPair;
+
+    fn data(pairs: &[(&str, &str)]) -> SecretData {
+        let bytes = |text: &str| SecretBytes::new(text.as_bytes().to_vec());
+        let pairs = pairs
+            .iter()
+            .map(|(key, value)| ((*key).to_owned(), bytes(value)));
+        pairs.collect()
+    }
+
+    fn made(algorithm: &'static rcgen::SignatureAlgorithm) -> (String, String) {
+        let key = KeyPair::generate_for(algorithm).unwrap_or_else(|e| panic!("{e}"));
+        let parameters = rcgen::CertificateParams::new(vec!["a.test".to_owned()]);
+        let certificate = parameters.and_then(|parameters| parameters.self_signed(&key));
+        let certificate = certificate.unwrap_or_else(|e| panic!("{e}"));
+        (certificate.pem(), key.serialize_pem())
+    }
+
+    #[test]
+    fn a_certificate_and_its_key_are_taken_and_what_cannot_be_served_is_told_by_keys_alone() {
+        let (certificate, key) = made(&rcgen::PKCS_ECDSA_P256_SHA256);
+        let (other, other_key) = made(&rcgen::PKCS_ED25519);
+        let chain = format!("{certificate}{other}");
+        for (certificate, key) in [(&certificate, &key), (&other, &other_key), (&chain, &key)] {
+            let parsed =
+                ServerCertificate::parse(&data(&[("tls.crt", certificate), ("tls.key", key)]));
+            let parsed = parsed.unwrap_or_else(|e| panic!("{e}"));
+            assert_eq!((&parsed.chain, &parsed.key), (certificate, key));
+        }
+        let turned = format!("{other}{certificate}");
+        let long = "x".repeat(SIZE_LIMIT);
+        for (case, pairs, says) in [
+            ("nothing", &[][..], "no key tls.crt"),
+            (
+                "no key",
+                &[("tls.crt", certificate.as_str())],
+                "no key tls.key",
+            ),
+            (
+                "no certificate",
+                &[("tls.crt", "hush"), ("tls.key", &key)],
+                "tls.crt is not certificates",
+            ),
+            (
+                "no private key",
+                &[("tls.crt", &certificate), ("tls.key", "hush")],
+                "tls.key is not a private key",
+            ),
+            (
+                "the key of another",
+                &[("tls.crt", &certificate), ("tls.key", &other_key)],
+                "is not the key of the first",
+            ),
+            (
+                "another first",
+                &[("tls.crt", &turned), ("tls.key", &key)],
+                "is not the key of the first",
+            ),
+            (
+                "large",
+                &[("tls.crt", &certificate), ("tls.key", &long)],
+                "128 KiB",
+            ),
+        ] {
+            let error = ServerCertificate::parse(&data(pairs)).err();
+            let error = error.unwrap_or_else(|| panic!("{case}: taken")).to_string();
+            assert!(error.contains(says), "{case}: {error}");
+            assert!(!error.contains("hush"), "{case}: {error}");
+        }
+        let parsed =
+            ServerCertificate::parse(&data(&[("tls.crt", &certificate), ("tls.key", &key)]));
+        assert_eq!(format!("{parsed:?}"), "Ok(ServerCertificate(***))");
     }
 }

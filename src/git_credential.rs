@@ -5,15 +5,17 @@
 //! Invariants: a credential is for one host, and git is told so: neither a redirect nor a submodule takes it to another.
 //! It reaches git by files alone, never by arguments or the environment. `Debug` shows none of it.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
-use k8s_openapi::ByteString;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 
 use crate::api::names::hex_digest;
+use crate::seal::SecretBytes;
+use crate::seal::data::SecretData;
 
 /// Key of an ssh key in a Secret, as in the type `kubernetes.io/ssh-auth`.
 const SSH_KEY: &str = "ssh-privatekey";
@@ -149,10 +151,7 @@ impl GitCredential {
     ///
     /// # Errors
     /// Which key is missing or malformed, and what to do.
-    pub fn parse(
-        url: &str,
-        data: &BTreeMap<String, ByteString>,
-    ) -> Result<Self, GitCredentialError> {
+    pub fn parse(url: &str, data: &SecretData) -> Result<Self, GitCredentialError> {
         let access = match scheme(url) {
             "http://" => return Err(GitCredentialError::Insecure { scheme: "http://" }),
             "git://" => return Err(GitCredentialError::Insecure { scheme: "git://" }),
@@ -294,7 +293,7 @@ fn scheme(url: &str) -> &'static str {
         .unwrap_or("ssh://")
 }
 
-fn ssh(data: &BTreeMap<String, ByteString>) -> Result<Access, GitCredentialError> {
+fn ssh(data: &SecretData) -> Result<Access, GitCredentialError> {
     let key = text(data, SSH_KEY)?.ok_or(GitCredentialError::Missing {
         key: SSH_KEY,
         advice: "an ssh:// url takes an ssh key, as a Secret of type kubernetes.io/ssh-auth has it",
@@ -345,7 +344,7 @@ fn ssh(data: &BTreeMap<String, ByteString>) -> Result<Access, GitCredentialError
     })
 }
 
-fn https(url: &str, data: &BTreeMap<String, ByteString>) -> Result<Access, GitCredentialError> {
+fn https(url: &str, data: &SecretData) -> Result<Access, GitCredentialError> {
     let username = word(data, USERNAME)?;
     let password = word(data, PASSWORD)?;
     let token = word(data, BEARER_TOKEN)?;
@@ -417,11 +416,8 @@ fn https(url: &str, data: &BTreeMap<String, ByteString>) -> Result<Access, GitCr
 }
 
 /// A value of several lines, without those line ends that it ends with.
-fn text(
-    data: &BTreeMap<String, ByteString>,
-    key: &'static str,
-) -> Result<Option<String>, GitCredentialError> {
-    let Some(ByteString(value)) = data.get(key) else {
+fn text(data: &SecretData, key: &'static str) -> Result<Option<String>, GitCredentialError> {
+    let Some(value) = data.get(key).map(SecretBytes::expose) else {
         return Ok(None);
     };
     let malformed = |problem| Err(GitCredentialError::Malformed { key, problem });
@@ -443,10 +439,7 @@ fn text(
 }
 
 /// A value of one line.
-fn word(
-    data: &BTreeMap<String, ByteString>,
-    key: &'static str,
-) -> Result<Option<String>, GitCredentialError> {
+fn word(data: &SecretData, key: &'static str) -> Result<Option<String>, GitCredentialError> {
     let Some(value) = text(data, key)? else {
         return Ok(None);
     };
@@ -460,12 +453,9 @@ fn word(
     Ok(Some(value))
 }
 
-/// Standard base64 (RFC 4648), as a header of basic authentication has it.
+/// As a header of basic authentication has it.
 fn base64(content: &[u8]) -> String {
-    serde_json::to_value(ByteString(content.to_vec()))
-        .ok()
-        .and_then(|value| value.as_str().map(str::to_owned))
-        .unwrap_or_default()
+    BASE64.encode(content)
 }
 
 /// As a url has it (RFC 3986).
@@ -489,10 +479,15 @@ mod tests {
     const SSH_URL: &str = "ssh://git@git.example.com/shop.git";
     const HTTPS_URL: &str = "https://git.example.com:8443/shop.git";
 
-    fn secret(pairs: &[(&str, &str)]) -> BTreeMap<String, ByteString> {
+    fn secret(pairs: &[(&str, &str)]) -> SecretData {
         pairs
             .iter()
-            .map(|(key, value)| ((*key).to_owned(), ByteString(value.as_bytes().to_vec())))
+            .map(|(key, value)| {
+                (
+                    (*key).to_owned(),
+                    SecretBytes::new(value.as_bytes().to_vec()),
+                )
+            })
             .collect()
     }
 

@@ -18,7 +18,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use k8s_openapi::ByteString;
 use kari::agent::host::mirror::{
     CredentialId, MirrorKey, MirrorSettings, MirrorState, Mirrors, SourceUrl, Want,
 };
@@ -29,6 +28,7 @@ use kari::agent::host::users::{self, Users};
 use kari::api::names::{AppName, Commit, ReleaseId};
 use kari::api::reasons::Reason;
 use kari::git_credential::GitCredential;
+use kari::seal::SecretBytes;
 use tokio::task::AbortHandle;
 
 const TOOL_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -121,7 +121,7 @@ impl Node {
     ) -> AppName {
         let app = AppName::parse(name).unwrap();
         let data = [("ssh-privatekey", key), ("known_hosts", hosts)]
-            .map(|(key, value)| (key.to_owned(), ByteString(value.into())));
+            .map(|(key, value)| (key.to_owned(), SecretBytes::new(value.into())));
         let credential = GitCredential::parse(url, &data.into()).unwrap();
         let want = Want {
             credential: Some(CredentialId {

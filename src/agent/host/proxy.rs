@@ -169,6 +169,16 @@ impl CertificateId {
             Err(CertificateIdError(text.to_owned()))
         }
     }
+
+    /// That of a certificate which the node was not given: nothing is served with it.
+    pub fn unknown() -> Self {
+        Self("0".repeat(40))
+    }
+
+    /// Its digits.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
 }
 
 impl std::fmt::Display for CertificateId {
@@ -204,7 +214,7 @@ impl VirtualHost {
     }
 
     /// The certificates that its hosts are served with.
-    fn certificates(&self) -> BTreeSet<&CertificateId> {
+    pub fn certificates(&self) -> BTreeSet<&CertificateId> {
         let routes = self.routes.iter();
         routes
             .filter_map(|route| route.certificate.as_ref())

@@ -430,13 +430,13 @@ mod tests {
         let silent = silent.unwrap_or_else(|e| panic!("{e}"));
         let address = silent.local_addr().unwrap_or_else(|e| panic!("{e}"));
         let home = tempfile::tempdir().unwrap_or_else(|e| panic!("{e}"));
-        let (url, wanted) = (
-            format!("git://{address}/shop"),
+        let (repository, wanted) = (
+            public(&format!("git://{address}/shop")),
             references(&["refs/heads/main"]),
         );
         let options = options(home.path(), true);
         let mut connection = tokio::select! {
-            answer = list(&public(&url), &wanted, &options) => panic!("answered: {answer:?}"),
+            answer = list(&repository, &wanted, &options) => panic!("answered: {answer:?}"),
             accepted = tokio::time::timeout(DEADLINE, silent.accept()) => match accepted {
                 Ok(Ok((connection, _))) => connection,
                 other => panic!("git did not connect: {other:?}"),

@@ -336,10 +336,9 @@ mod tests {
     use super::*;
     use std::sync::Arc;
 
-    use k8s_openapi::ByteString;
-
     use crate::controller::testing::commit;
     use crate::git_credential::GitCredential;
+    use crate::seal::SecretBytes;
 
     const MIDDLE: f64 = 0.5;
 
@@ -356,7 +355,7 @@ mod tests {
 
     fn with_password(url: &str, password: &str) -> Repository {
         let data = [("username", "u"), ("password", password)]
-            .map(|(key, value)| (key.to_owned(), ByteString(value.into())));
+            .map(|(key, value)| (key.to_owned(), SecretBytes::new(value.into())));
         let credential = GitCredential::parse(url, &data.into()).unwrap_or_else(|e| panic!("{e}"));
         Repository {
             url: url.to_owned(),

@@ -236,6 +236,7 @@ mod tests {
         let source = SourceUrl::parse("https://h/r.git").unwrap_or_else(|e| panic!("{e}"));
         diagnose(
             &source,
+            false,
             &StepResult {
                 result: result.into(),
                 code,

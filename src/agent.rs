@@ -16,6 +16,7 @@ pub mod control;
 mod guard;
 mod health;
 pub mod host;
+mod mask;
 mod memory;
 mod node;
 mod observe;

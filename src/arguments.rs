@@ -87,6 +87,9 @@ pub enum AgentRequest {
         #[arg(value_name = "NAMESPACE/NAME")]
         app: HeldApp,
     },
+    /// Make a new key that values for this node are sealed to; needs root. Nothing is restarted, and the old
+    /// key is kept for as long as anything is sealed to it.
+    RotateKey,
 }
 
 /// An app, written `namespace/name`.

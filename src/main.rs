@@ -33,6 +33,8 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         }) => return ask_agent(request),
         Command::Agent(_) | Command::Controller(_) => {}
     }
+    // Both parts hold secrets, which must not get into a core dump.
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
     let filter = std::env::var("RUST_LOG")
         .ok()
         .filter(|filter| !filter.is_empty())
@@ -116,6 +118,11 @@ fn ask_agent(request: &AgentRequest) -> Result<(), Failure> {
     match request {
         AgentRequest::Remove { app } => {
             let done = runtime.block_on(agent::control::remove(&app.0))?;
+            writeln!(std::io::stdout().lock(), "{done}")?;
+            Ok(())
+        }
+        AgentRequest::RotateKey => {
+            let done = runtime.block_on(agent::control::rotate_key())?;
             writeln!(std::io::stdout().lock(), "{done}")?;
             Ok(())
         }

@@ -170,15 +170,15 @@ impl App {
                 .create_state(&process.name, self.users.service.uid)
                 .unwrap()
         });
-        let variables = unit::process_variables(env, &process);
+        let variables = unit::ProcessVariables::of(env, &[], &process);
         let (_, env_file) = self
             .folder
-            .write_env(&unit::process_environment(&process, &variables).unwrap())
+            .write_env(&variables.content(&process, &Default::default()).unwrap())
             .unwrap();
         let service = unit::service_unit(&unit::ServiceSpec {
             app: &self.name,
             process: &process,
-            variables: &variables,
+            variables: &variables.plain,
             env_file: &env_file,
             port: None,
             commit: &Commit::parse(&"0".repeat(40)).unwrap(),

@@ -9,13 +9,14 @@ use super::host::mirror::{MirrorError, MirrorState, Want};
 use super::host::port::{self, PortError};
 use super::host::proxy::{DRAIN_LIMIT, OldWorkers, ProxyError, VirtualHost};
 use super::host::records::{
-    AttemptRecord, KeptRecord, Outcome, ProcessRecord, RECORD_VERSION, RecordedFailure,
+    AttemptRecord, EnvDigest, KeptRecord, Outcome, ProcessRecord, RECORD_VERSION, RecordedFailure,
 };
 use super::host::seal::{self, SealError};
 use super::host::store::{AppFolder, LOG_TAIL_BYTES, StoreError};
 use super::host::systemd::SystemdError;
-use super::host::unit::{self, BuildSpec, ServiceSpec, ServiceUnit, UnitError};
+use super::host::unit::{self, BuildSpec, ProcessVariables, ServiceSpec, ServiceUnit, UnitError};
 use super::host::users::{AppUsers, UsersError};
+use super::mask::Masks;
 use super::memory::InForce;
 use super::node::{Node, is_over, lock, monotonic};
 use super::observe::target_text;
@@ -25,11 +26,12 @@ use super::view::{Health, Observed};
 use super::wanted::source_want;
 use crate::api::deployment::Process;
 use crate::api::reasons::{Class, Reason};
-use crate::api::release::{Purpose, SealedValue};
+use crate::api::release::{Purpose, SealedValue, Template};
 use crate::certificate::{CertificateError, ServerCertificate};
 use crate::git_credential::{GitCredential, GitCredentialError};
 use crate::runtime::error_chain;
 use crate::seal::data::{MalformedData, from_bytes};
+use crate::seal::environment::SecretEnvironment;
 
 /// The step of a build, in the names of logs.
 pub const BUILD_STEP: &str = "build";
@@ -110,7 +112,9 @@ impl StepError {
             Self::Store(_)
             | Self::Seal(SealError::Io { .. })
             | Self::Secret(SecretError::Store(_)) => Reason::DiskPressure,
-            Self::Secret(SecretError::Absent { .. } | SecretError::Sealed { .. })
+            Self::Secret(
+                SecretError::Absent { .. } | SecretError::Sealed { .. } | SecretError::Malformed(_),
+            )
             | Self::Data(_)
             | Self::Credential(_)
             | Self::Certificate(_) => Reason::SealedForOtherKey,
@@ -141,6 +145,13 @@ impl StepError {
             Class::Revision | Class::Invalid
         )
     }
+}
+
+/// The environment of a process as it is on the disk.
+struct Environment {
+    variables: ProcessVariables,
+    digest: EnvDigest,
+    file: PathBuf,
 }
 
 /// What a step that was not done leads to.
@@ -496,6 +507,9 @@ impl Apply<'_> {
             .as_ref()
             .is_some_and(|result| !result.is_success());
         let failing = self.failing_unit(&record);
+        let applied = self.observed.applied.as_ref();
+        let app = &self.observed.app;
+        let masks = self.node.masks(app, Some(&record), applied);
         if let Some(Outcome::Failed {
             failure,
             undone: false,
@@ -504,7 +518,9 @@ impl Apply<'_> {
         {
             match failing {
                 _ if of_build => *failure = self.explained(failure),
-                Some(unit) => failure.log_tail = journal_tail(&unit).await,
+                Some(unit) => {
+                    failure.log_tail = journal_tail(&unit, &masks).await;
+                }
                 None => {}
             }
         }
@@ -531,11 +547,16 @@ impl Apply<'_> {
         let tree = folder.build(&attempt.build_key);
         seal::resolve_beneath(&tree, attempt.wish.template.source.directory.as_deref())?;
         let users = self.users(folder).await?;
+        let template = &attempt.wish.template;
+        let app = &self.observed.app;
+        let secrets = node.open_environment(app, template, Carried::from(attempt))?;
         let _choosing = node.choosing.lock().await;
         let mut held = self.held_ports()?;
         let mut processes = vec![];
-        for process in &attempt.wish.template.processes {
-            processes.push(self.choose_process(folder, attempt, process, &users, &mut held, keep)?);
+        for process in &template.processes {
+            let env = self.write_environment(folder, template, process, &secrets)?;
+            processes
+                .push(self.choose_process(folder, attempt, process, env, &users, &mut held, keep)?);
         }
         folder.write_attempt(&AttemptRecord {
             processes,
@@ -544,18 +565,39 @@ impl Apply<'_> {
         Ok(())
     }
 
+    /// Writes the environment file of a process, and returns its variables with the file's digest and path.
+    fn write_environment(
+        &self,
+        folder: &AppFolder,
+        template: &Template,
+        process: &Process,
+        secrets: &SecretEnvironment,
+    ) -> Result<Environment, StepError> {
+        let variables = ProcessVariables::of(&template.env, &template.secret_env, process);
+        let digest = variables.digest(process)?;
+        let file = folder.write_env_as(&digest, &variables.content(process, secrets)?)?;
+        Ok(Environment {
+            variables,
+            digest,
+            file,
+        })
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "what one process is chosen from")]
     fn choose_process(
         &self,
         folder: &AppFolder,
         attempt: &AttemptRecord,
         process: &Process,
+        Environment {
+            variables,
+            digest: env_digest,
+            file: env_file,
+        }: Environment,
         users: &AppUsers,
         held: &mut BTreeSet<u16>,
         keep: &BTreeSet<String>,
     ) -> Result<ProcessRecord, StepError> {
-        let variables = unit::process_variables(&attempt.wish.template.env, process);
-        let (env_digest, env_file) =
-            folder.write_env(&unit::process_environment(process, &variables)?)?;
         let state = match process.state_directory {
             true => Some(folder.create_state(&process.name, users.service.uid)?),
             false => None,
@@ -565,7 +607,7 @@ impl Apply<'_> {
             unit::service_unit(&ServiceSpec {
                 app: &self.observed.app,
                 process,
-                variables: &variables,
+                variables: &variables.plain,
                 env_file: &env_file,
                 port,
                 commit: &attempt.wish.commit,
@@ -642,23 +684,34 @@ impl Apply<'_> {
         records: &[ProcessRecord],
     ) -> Result<(), StepError> {
         self.users(folder).await?;
-        let applied = plan::committed(self.observed).map(|release| &release.template);
-        let templates = self
-            .observed
-            .attempt
-            .iter()
-            .map(|attempt| &attempt.wish.template)
-            .chain(applied);
-        for template in templates {
+        let applied = plan::committed(self.observed);
+        let applied = applied.map(|release| (&release.template, Carried::from(release)));
+        let attempt = self.observed.attempt.as_ref();
+        let tried = attempt.map(|attempt| (&attempt.wish.template, Carried::from(attempt)));
+        for (template, carried) in tried.into_iter().chain(applied) {
             for process in &template.processes {
-                let variables = unit::process_variables(&template.env, process);
-                let content = unit::process_environment(process, &variables)?;
-                let digest = super::host::records::EnvDigest::of(&content);
-                if records
+                let variables = ProcessVariables::of(&template.env, &template.secret_env, process);
+                let digest = variables.digest(process)?;
+                if !records
                     .iter()
                     .any(|record| record.name == process.name && record.env_digest == digest)
                 {
-                    folder.write_env(&content)?;
+                    continue;
+                }
+                let secrets = match variables.has_secrets() {
+                    true => self
+                        .node
+                        .open_environment(&self.observed.app, template, carried),
+                    false => Ok(SecretEnvironment::default()),
+                };
+                match secrets {
+                    Ok(secrets) => {
+                        let content = variables.content(process, &secrets)?;
+                        folder.write_env_as(&digest, &content)?;
+                    }
+                    // What is there was opened when it could be.
+                    Err(_) if folder.env_file(&digest).is_file() => {}
+                    Err(error) => return Err(error.into()),
                 }
             }
         }
@@ -747,7 +800,7 @@ impl Apply<'_> {
 
 /// The last lines that a service has written, where the node keeps a journal: a help for people, so
 /// that none is no error.
-async fn journal_tail(unit: &str) -> Option<String> {
+async fn journal_tail(unit: &str, masks: &Masks) -> Option<String> {
     let mut command = tokio::process::Command::new("journalctl");
     command
         .args(["--no-pager", "--quiet", "--output=cat", "--lines=20"])
@@ -763,6 +816,8 @@ async fn journal_tail(unit: &str) -> Option<String> {
         .chars()
         .filter(|c| *c == '\n' || *c == '\t' || !c.is_control())
         .collect();
+    // Before it is cut, or half a value would stay.
+    let text = masks.mask(&text);
     let start = text.len().saturating_sub(LOG_TAIL_BYTES);
     let start = (start..text.len()).find(|at| text.is_char_boundary(*at))?;
     let tail = text[start..].trim_end().to_owned();

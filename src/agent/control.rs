@@ -1,4 +1,5 @@
-//! What root may ask of a running agent on its own node: to take away an app that no Release holds.
+//! What root may ask of a running agent on its own node: to take away an app that no Release holds, or to make a new
+//! key.
 //!
 //! A line each way over a socket that only root can reach. The agent alone knows whether a Release holds the
 //! app, and is the only writer of its files, so the command asks it and does nothing itself.
@@ -16,6 +17,7 @@ use tracing::{info, warn};
 
 use super::node::{Node, lock};
 use crate::api::names::AppName;
+use crate::runtime::error_chain;
 
 /// Its folder; what a reboot may lose.
 const FOLDER: &str = "/run/kari";
@@ -41,12 +43,12 @@ const RETRY: Duration = Duration::from_secs(10);
 /// What an answer begins with when the request was carried out.
 const DONE: &str = "done: ";
 
-/// Why an app was not taken away.
+/// Why a request was not carried out.
 #[derive(Debug, thiserror::Error)]
-pub enum RemoveError {
+pub enum RequestError {
     /// No agent listens.
     #[error(
-        "no agent answers at {SOCKET}: run this as root on the node, while its agent runs; only the agent knows whether a Release holds the app"
+        "no agent answers at {SOCKET}: run this as root on the node, while its agent runs; the agent alone writes what is on the node"
     )]
     NoAgent(#[source] io::Error),
     /// The agent ended, or does not answer.
@@ -61,25 +63,37 @@ pub enum RemoveError {
 ///
 /// # Errors
 /// No agent runs here, or it refuses: a Release holds the app, or it cannot tell yet.
-pub async fn remove(app: &AppName) -> Result<String, RemoveError> {
+pub async fn remove(app: &AppName) -> Result<String, RequestError> {
+    ask(&format!("remove {app}")).await
+}
+
+/// Has the agent of this node make a new key, and returns what it says when it announces it. The old one is kept for
+/// as long as anything is sealed to it.
+///
+/// # Errors
+/// No agent runs here, or it cannot write the key.
+pub async fn rotate_key() -> Result<String, RequestError> {
+    ask(ROTATE_KEY).await
+}
+
+/// A line to the agent, and its answer.
+async fn ask(request: &str) -> Result<String, RequestError> {
     let mut stream = UnixStream::connect(SOCKET)
         .await
-        .map_err(RemoveError::NoAgent)?;
+        .map_err(RequestError::NoAgent)?;
     let answer = async {
-        stream
-            .write_all(format!("remove {app}\n").as_bytes())
-            .await?;
+        stream.write_all(format!("{request}\n").as_bytes()).await?;
         let mut answer = String::new();
         stream.take(LINE_LIMIT).read_to_string(&mut answer).await?;
         Ok(answer)
     };
-    let answer = answer.await.map_err(RemoveError::NoAnswer)?;
+    let answer = answer.await.map_err(RequestError::NoAnswer)?;
     match answer.trim_end().strip_prefix(DONE) {
         Some(done) => Ok(done.to_owned()),
         None if answer.is_empty() => {
-            Err(RemoveError::NoAnswer(io::ErrorKind::UnexpectedEof.into()))
+            Err(RequestError::NoAnswer(io::ErrorKind::UnexpectedEof.into()))
         }
-        None => Err(RemoveError::Refused(answer.trim_end().to_owned())),
+        None => Err(RequestError::Refused(answer.trim_end().to_owned())),
     }
 }
 
@@ -120,17 +134,39 @@ async fn answer(node: &Node, mut stream: UnixStream) -> io::Result<()> {
     let (reader, mut writer) = stream.split();
     let mut reader = BufReader::new(reader.take(LINE_LIMIT));
     tokio::time::timeout(REQUEST_LIMIT, reader.read_line(&mut line)).await??;
-    let app = line
-        .trim_end()
+    let request = line.trim_end();
+    let app = request
         .strip_prefix("remove ")
         .and_then(|app| AppName::parse(app).ok());
     let answer = match app {
         Some(app) => take_away(node, &app).await,
+        None if request == ROTATE_KEY => new_key(node),
         None => {
             "this agent does not know the request; use the kari program of its version".to_owned()
         }
     };
     writer.write_all(format!("{answer}\n").as_bytes()).await
+}
+
+/// The request for a new key.
+const ROTATE_KEY: &str = "rotate-key";
+
+fn new_key(node: &Node) -> String {
+    let rotated = {
+        let mut keys = lock(&node.keys);
+        keys.rotate().map(|()| keys.current().id())
+    };
+    match rotated {
+        Ok(id) => {
+            info!(key = %id, "made a new key, as asked for on the node");
+            // The Lease tells of it.
+            node.held.notify_one();
+            format!(
+                "{DONE}the node's key is {id} now; its values are sealed anew by the controller, and the old key goes when nothing needs it"
+            )
+        }
+        Err(error) => format!("no new key: {}", error_chain(&error)),
+    }
 }
 
 async fn take_away(node: &Node, app: &AppName) -> String {

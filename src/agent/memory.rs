@@ -2,12 +2,14 @@
 //! moment: all of it is found again from the disk and the host.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::health::Tracker;
 use super::host::mirror::Want;
 use super::host::proxy::{OldWorkers, VirtualHost};
 use super::host::records::RecordedFailure;
+use super::mask::Masks;
 use super::view::HeldUp;
 use crate::api::ReleaseStatus;
 use crate::runtime::supervise::Backoff;
@@ -45,6 +47,8 @@ pub struct Memory {
     pub report: Option<(ReleaseStatus, bool)>,
     /// When what nothing refers to was last looked for.
     pub collected: Option<Duration>,
+    /// What is taken out of texts, and what it was made of.
+    pub masks: Option<(Vec<String>, Arc<Masks>)>,
     /// What was drift at the last look that had any, and when that was.
     pub drift: Option<(String, Duration)>,
 }

@@ -20,6 +20,7 @@ use super::host::store::{AppFolder, StoreError};
 use super::host::systemd::{ActiveState, SystemdError, UnitState};
 use super::host::unit::{self, OwnUnit, ServiceSpec};
 use super::host::users;
+use super::mask::Masks;
 use super::memory::{Drain, Memory};
 use super::node::{Node, lock, monotonic};
 use super::slots::BuildSeen;
@@ -345,9 +346,9 @@ async fn services(
     app: &AppName,
     memory: &Arc<Mutex<Memory>>,
     attempt: Option<&AttemptRecord>,
-    applied: Option<&AppliedRecord>,
+    committed_record: Option<&AppliedRecord>,
 ) -> Result<BTreeMap<String, ServiceView>, ObserveError> {
-    let applied = applied.and_then(|applied| applied.release.as_ref());
+    let applied = committed_record.and_then(|applied| applied.release.as_ref());
     let is_own = |name: &str| matches!(unit::parse_unit_name(name), Some(OwnUnit::Service { app: of, .. }) if of == *app);
     let [pattern, _] = unit::app_patterns(app);
     let mut names: BTreeSet<String> = node
@@ -404,6 +405,7 @@ async fn services(
     } else {
         vec![]
     };
+    let masks = node.masks(app, attempt, committed_record);
     let mut services = BTreeMap::new();
     for name in names {
         let state = node.systemd.get_unit_state(&name).await?;
@@ -430,7 +432,7 @@ async fn services(
                     is_committed: known.is_committed,
                     now: monotonic(),
                 };
-                judge(node, app, memory, known, &look)
+                judge(node, app, memory, known, &look, &masks)
             }
             _ => Health::Waiting {
                 what: format!("{name} is not running"),
@@ -484,6 +486,7 @@ fn judge(
     memory: &Arc<Mutex<Memory>>,
     recorded: &Recorded<'_>,
     look: &Look<'_>,
+    masks: &Masks,
 ) -> Health {
     let mut remembered = lock(memory);
     let tracker = remembered
@@ -498,6 +501,7 @@ fn judge(
         memory,
         recorded,
         look,
+        masks,
     };
     for kind in [ProbeKind::Readiness, ProbeKind::Liveness] {
         probes.check_if_due(kind, tracker);
@@ -513,6 +517,8 @@ struct Probes<'a> {
     memory: &'a Arc<Mutex<Memory>>,
     recorded: &'a Recorded<'a>,
     look: &'a Look<'a>,
+    /// What must not get into the agent's log.
+    masks: &'a Masks,
 }
 
 impl Probes<'_> {
@@ -696,7 +702,7 @@ impl Probes<'_> {
             Restart::Now { why } => why,
         };
         let unit = self.recorded.record.unit.clone();
-        tracing::warn!(app = %self.app, unit, restarts = tracker.liveness_restarts, "restarting a process that is not alive: {why}");
+        tracing::warn!(app = %self.app, unit, restarts = tracker.liveness_restarts, "restarting a process that is not alive: {}", self.masks.mask(&why));
         tracker.note_restart(why, look.now);
         let grace = Duration::from_secs(look.process.termination_grace_period_seconds.into());
         let invocation = look.state.invocation_id.clone();

@@ -210,6 +210,11 @@ fn report(
         return;
     };
     let generation = release.meta().generation.unwrap_or_default();
+    let masks = node.masks(
+        &observed.app,
+        observed.attempt.as_ref(),
+        observed.applied.as_ref(),
+    );
     let memory = node.memory(&observed.app);
     let mut memory = lock(&memory);
     let stands = release
@@ -224,7 +229,7 @@ fn report(
             .unwrap_or_default(),
     };
     let drift = memory.drift.as_ref().map(|(what, _)| what.as_str());
-    let told = status(observed, plan, generation, &before, drift);
+    let told = masks.mask_status(status(observed, plan, generation, &before, drift));
     let terminal = is_terminal(&told);
     if memory
         .report

@@ -5,14 +5,17 @@
 //! the old Secret nor the API.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::host::keys::KeysError;
-use super::host::records::{AppliedRelease, AttemptRecord, ReleaseRecord};
+use super::host::records::{AppliedRecord, AppliedRelease, AttemptRecord, ReleaseRecord};
 use super::host::store::StoreError;
+use super::mask::Masks;
 use super::node::{Node, lock};
 use crate::api::names::{AppName, NodeName, RevisionName, release_name};
-use crate::api::release::{Purpose, SealedValue};
+use crate::api::release::{Purpose, SEALED_ENV, SealedValue, Template};
+use crate::seal::environment::{MalformedEnvironment, SecretEnvironment};
 use crate::seal::{self, Binding, KeyId, OpenError, SecretBytes};
 
 /// What a release carries sealed, and for which revision.
@@ -76,6 +79,9 @@ pub enum SecretError {
         #[source]
         source: OpenError,
     },
+    /// It opens, and is not what it should be.
+    #[error(transparent)]
+    Malformed(#[from] MalformedEnvironment),
     /// What the node has kept cannot be read.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -129,6 +135,60 @@ impl Node {
             name: name.to_owned(),
             source: error,
         })
+    }
+
+    /// Opens the secret variables of a release.
+    ///
+    /// # Errors
+    /// As [`Node::open_secret`].
+    pub fn open_environment(
+        &self,
+        app: &AppName,
+        template: &Template,
+        carried: Carried<'_>,
+    ) -> Result<SecretEnvironment, SecretError> {
+        if template.secret_env.is_empty() {
+            return Ok(SecretEnvironment::default());
+        }
+        let value = self.open_secret(app, carried, Purpose::Env, SEALED_ENV)?;
+        Ok(SecretEnvironment::from_bytes(&value)?)
+    }
+
+    /// What is taken out of texts about an app: the secrets of what is tried and of what is committed. Those that
+    /// do not open no process has.
+    pub fn masks(
+        &self,
+        app: &AppName,
+        attempt: Option<&AttemptRecord>,
+        applied: Option<&AppliedRecord>,
+    ) -> Arc<Masks> {
+        let committed = applied.and_then(|applied| applied.release.as_ref());
+        let tried = attempt.map(|a| (&a.wish.template, Carried::from(a)));
+        let committed = committed.map(|release| (&release.template, Carried::from(release)));
+        let all: Vec<_> = tried.into_iter().chain(committed).collect();
+        let digests: Vec<_> = all
+            .iter()
+            .filter_map(|(template, _)| template.sealed_env_digest())
+            .collect();
+        if digests.is_empty() {
+            return Arc::default();
+        }
+        let memory = self.memory(app);
+        if let Some((of, masks)) = &lock(&memory).masks
+            && *of == digests
+        {
+            return Arc::clone(masks);
+        }
+        let opened: Vec<_> = all
+            .into_iter()
+            .map(|(template, carried)| self.open_environment(app, template, carried))
+            .collect();
+        let masks = Arc::new(Masks::of(opened.iter().flatten()));
+        // What does not open now may do so later.
+        if opened.iter().all(Result::is_ok) {
+            lock(&memory).masks = Some((digests, Arc::clone(&masks)));
+        }
+        masks
     }
 
     /// What a release carries as it can be kept with it: what came without data, or is sealed to a key that this

@@ -41,6 +41,16 @@ impl SecretEnvironment {
             .sum()
     }
 
+    /// All values.
+    pub fn values(&self) -> impl Iterator<Item = &SecretBytes> {
+        self.scopes.values().flat_map(BTreeMap::values)
+    }
+
+    /// That of a variable of every process, or of one.
+    pub fn get(&self, process: Option<&str>, name: &str) -> Option<&SecretBytes> {
+        self.scopes.get(&process.map(str::to_owned))?.get(name)
+    }
+
     /// Those of every process, or of one.
     pub fn of(&self, process: Option<&str>) -> impl Iterator<Item = (&str, &SecretBytes)> {
         let found = self

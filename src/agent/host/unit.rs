@@ -25,10 +25,7 @@ pub use build::{
     BuildSpec, CHECKOUT_FILE, CHECKOUT_SCRIPT, DEFAULT_BUILD_LIMITS, EXIT_NO_DIRECTORY,
     build_environment, build_key, build_script, build_step, cache_place, directory_check,
 };
-pub use service::{
-    ServiceSpec, ServiceUnit, probe_properties, process_environment, process_variables,
-    service_unit,
-};
+pub use service::{ProcessVariables, ServiceSpec, ServiceUnit, probe_properties, service_unit};
 pub use step::{StepLimits, StepSpec, step_properties};
 
 /// A unit that cannot be made from the spec: it has to be changed.
@@ -48,6 +45,14 @@ pub enum UnitError {
         "process {process}: $({name}) in its command is not a variable of this process; write $$({name}) if the text itself is meant"
     )]
     UnknownVariable {
+        /// The process.
+        process: String,
+        /// The name.
+        name: String,
+    },
+    /// The template names a secret variable, and what is sealed with it has none of the name.
+    #[error("process {process}: the sealed variables lack {name}, which the template names")]
+    SecretMissing {
         /// The process.
         process: String,
         /// The name.

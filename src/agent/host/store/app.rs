@@ -6,6 +6,8 @@ use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
+use zeroize::Zeroizing;
+
 use super::{Store, StoreError, durable};
 use crate::agent::host::records::{
     self, AppliedRecord, AttemptRecord, BuildKey, EnvDigest, KeptRecord, Record, ReleaseRecord,
@@ -337,11 +339,19 @@ impl AppFolder {
     /// Writes an environment file; one of the same content stays as it is.
     pub fn write_env(&self, content: &[u8]) -> Result<(EnvDigest, PathBuf), StoreError> {
         let digest = EnvDigest::of(content);
-        let path = self.env_file(&digest);
-        if durable::read(&path)?.as_deref() != Some(content) {
+        let path = self.write_env_as(&digest, content)?;
+        Ok((digest, path))
+    }
+
+    /// Writes the environment file of a digest that stands for its content; one of the same content stays as
+    /// it is.
+    pub fn write_env_as(&self, digest: &EnvDigest, content: &[u8]) -> Result<PathBuf, StoreError> {
+        let path = self.env_file(digest);
+        let stands = durable::read(&path)?.map(Zeroizing::new);
+        if stands.as_deref().map(Vec::as_slice) != Some(content) {
             durable::write(&path, content, 0o600)?;
         }
-        Ok((digest, path))
+        Ok(path)
     }
 
     /// Where the state folder of a process is, or would be.

@@ -3,42 +3,105 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use zeroize::Zeroizing;
+
 use super::{DEFAULT_TASKS, ENV_PROGRAM, UNIT_DIGEST_DIGITS, UnitError, in_app};
 use crate::agent::host::jail::{self, APP_PATH, STATE_PATH, Setting, Value};
 use crate::agent::host::quote;
-use crate::agent::host::records::ContentDigest;
+use crate::agent::host::records::{ContentDigest, EnvDigest};
 use crate::api::deployment::{EnvVar, Process, ProcessType, ResourceLimits};
 use crate::api::names::{AppName, Commit, NodeName};
+use crate::api::release::SecretVariables;
+use crate::seal::environment::SecretEnvironment;
 
-/// Variables of a process as its environment file has them: the Deployment's, then the process's own,
-/// less those that Kari sets itself in the unit, which win.
-pub fn process_variables(env: &[EnvVar], process: &Process) -> BTreeMap<String, String> {
-    let own = |name: &str| {
-        name.starts_with("KARI_")
-            || matches!(name, "HOME" | "STATE_DIRECTORY")
-            || process.port.as_ref().is_some_and(|port| port.env == name)
-    };
-    env.iter()
-        .chain(&process.env)
-        .filter(|variable| !own(&variable.name))
-        .map(|variable| (variable.name.clone(), variable.plain_value().to_owned()))
-        .collect()
+/// The variables of a process as its environment file has them: the Deployment's, then the process's own, less
+/// those that Kari sets itself in the unit, which win.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ProcessVariables {
+    /// Those whose values anybody may know: what `$(NAME)` in a command stands for.
+    pub plain: BTreeMap<String, String>,
+    /// Those whose values are secret, and whether each is the process's own.
+    secret: BTreeMap<String, bool>,
+    /// What stands for the secret values.
+    digests: Vec<String>,
 }
 
-/// The environment file of a process.
-pub fn process_environment(
-    process: &Process,
-    variables: &BTreeMap<String, String>,
-) -> Result<Vec<u8>, UnitError> {
-    quote::environment_file(
+impl ProcessVariables {
+    /// Those of `process` in a template that has `env` and `secret_env`.
+    pub fn of(env: &[EnvVar], secret_env: &[SecretVariables], process: &Process) -> Self {
+        let is_ours = |name: &str| {
+            name.starts_with("KARI_")
+                || matches!(name, "HOME" | "STATE_DIRECTORY")
+                || process.port.as_ref().is_some_and(|port| port.env == name)
+        };
+        let mut variables = Self::default();
+        for (env, own) in [(env, false), (&process.env[..], true)] {
+            for variable in env.iter().filter(|variable| !is_ours(&variable.name)) {
+                variables.secret.remove(&variable.name);
+                let value = variable.plain_value().to_owned();
+                variables.plain.insert(variable.name.clone(), value);
+            }
+            let place = own.then_some(process.name.as_str());
+            let here = secret_env.iter().filter(|s| s.process.as_deref() == place);
+            for secret in here {
+                variables.digests.push(secret.digest.clone());
+                for name in secret.names.iter().filter(|name| !is_ours(name)) {
+                    variables.plain.remove(name);
+                    variables.secret.insert(name.clone(), own);
+                }
+            }
+        }
         variables
-            .iter()
-            .map(|(name, value)| (name.as_str(), value.as_str())),
-    )
-    .map_err(|source| UnitError::Quote {
-        place: format!("process {}: env", process.name),
-        source,
-    })
+    }
+
+    /// Whether any value is secret.
+    pub fn has_secrets(&self) -> bool {
+        !self.digests.is_empty()
+    }
+
+    /// The digest that names the environment file. Of secret values only what stands for them goes into it: the
+    /// name is in units, which anybody on the node can read.
+    pub fn digest(&self, process: &Process) -> Result<EnvDigest, UnitError> {
+        let mut content = self.render(process, None)?.to_vec();
+        for digest in &self.digests {
+            content.extend(format!("\0{digest}").bytes());
+        }
+        Ok(EnvDigest::of(&content))
+    }
+
+    /// The environment file, with the values of `secrets`.
+    pub fn content(
+        &self,
+        process: &Process,
+        secrets: &SecretEnvironment,
+    ) -> Result<Zeroizing<Vec<u8>>, UnitError> {
+        self.render(process, Some(secrets))
+    }
+
+    fn render(
+        &self,
+        process: &Process,
+        secrets: Option<&SecretEnvironment>,
+    ) -> Result<Zeroizing<Vec<u8>>, UnitError> {
+        let plain = self.plain.iter().map(|(n, v)| (n.as_str(), v.as_str()));
+        let mut all: BTreeMap<&str, &str> = plain.collect();
+        for (name, own) in self.secret.iter().filter(|_| secrets.is_some()) {
+            let place = own.then_some(process.name.as_str());
+            let value = secrets.and_then(|secrets| secrets.get(place, name));
+            let value = value.and_then(|value| std::str::from_utf8(value.expose()).ok());
+            let value = value.ok_or_else(|| UnitError::SecretMissing {
+                process: process.name.clone(),
+                name: name.clone(),
+            })?;
+            all.insert(name, value);
+        }
+        quote::environment_file(all)
+            .map(Zeroizing::new)
+            .map_err(|source| UnitError::Quote {
+                place: format!("process {}: env", process.name),
+                source,
+            })
+    }
 }
 
 /// What a service unit is made of.
@@ -48,9 +111,9 @@ pub struct ServiceSpec<'a> {
     pub app: &'a AppName,
     /// The process.
     pub process: &'a Process,
-    /// What [`process_variables`] gave, for `$(NAME)`.
+    /// [`ProcessVariables::plain`], for `$(NAME)`.
     pub variables: &'a BTreeMap<String, String>,
-    /// The file of [`process_environment`].
+    /// The file of [`ProcessVariables::content`].
     pub env_file: &'a Path,
     /// The port it is given, exactly if its spec has one.
     pub port: Option<u16>,
@@ -445,7 +508,7 @@ mod tests {
         service_unit(&ServiceSpec {
             app: &app(),
             process,
-            variables: &process_variables(env, process),
+            variables: &ProcessVariables::of(env, &[], process).plain,
             env_file: Path::new("/var/lib/kari/apps/web.shop/env/abc"),
             port,
             commit: &commit(),
@@ -501,13 +564,73 @@ mod tests {
             );
         }
         assert!(!unit.text.contains("MemoryMax="), "no limit of its own");
-        let variables =
-            process_variables(&[variable("LOG", "info"), variable("PORT", "1")], &process);
+        let env = [variable("LOG", "info"), variable("PORT", "1")];
         assert_eq!(
-            variables,
+            ProcessVariables::of(&env, &[], &process).plain,
             BTreeMap::from([("LOG".to_owned(), "debug".to_owned())]),
             "what Kari sets is not the user's"
         );
+    }
+
+    #[test]
+    fn secret_variables_are_in_the_environment_file_alone_and_win_where_they_are_nearer() {
+        let process = process(serde_json::json!({
+            "name": "web", "command": ["x", "$(A)"],
+            "env": [{"name": "A", "value": "own"}, {"name": "C", "value": "own"}],
+            "port": {"env": "PORT"},
+        }));
+        let env = [variable("B", "shared"), variable("D", "shared")];
+        let secret = |process: Option<&str>, names: &[&str], digest: &str| SecretVariables {
+            process: process.map(str::to_owned),
+            names: names.iter().map(|&name| name.to_owned()).collect(),
+            digest: digest.to_owned(),
+        };
+        let secret_env = [
+            secret(None, &["A", "PORT", "S"], "d1"),
+            secret(Some("other"), &["O"], "d2"),
+            secret(Some("web"), &["B"], "d3"),
+        ];
+        let variables = ProcessVariables::of(&env, &secret_env, &process);
+        let plain: Vec<_> = variables.plain.keys().map(String::as_str).collect();
+        assert_eq!(plain, ["A", "C", "D"], "B is the process's own secret");
+        let mut values = SecretEnvironment::default();
+        for (place, name, value) in [
+            (None, "A", "hidden by the process's own"),
+            (None, "S", "s\"1"),
+            (Some("web"), "B", "b1"),
+        ] {
+            values.insert(place, name, crate::seal::SecretBytes::new(value.into()));
+        }
+        let content = variables.content(&process, &values).unwrap();
+        assert_eq!(
+            String::from_utf8_lossy(&content),
+            "A=\"own\"\nB=\"b1\"\nC=\"own\"\nD=\"shared\"\nS=\"s\\\"1\"\n"
+        );
+        let digest = |secret_env: &[SecretVariables]| {
+            let variables = ProcessVariables::of(&env, secret_env, &process);
+            variables.digest(&process).unwrap()
+        };
+        let named = digest(&secret_env);
+        assert_ne!(
+            named,
+            EnvDigest::of(&content),
+            "the name does not tell the values"
+        );
+        let mut changed = secret_env.clone();
+        changed[1].digest = "d4".to_owned();
+        assert_eq!(
+            digest(&changed),
+            named,
+            "another process's secret is not of this one"
+        );
+        changed[2].digest = "d4".to_owned();
+        assert_ne!(digest(&changed), named);
+        let none = SecretEnvironment::default();
+        let error = variables.content(&process, &none).unwrap_err();
+        assert!(matches!(error, UnitError::SecretMissing { .. }), "{error}");
+        let without = ProcessVariables::of(&env, &[], &process);
+        let content = without.content(&process, &none).unwrap();
+        assert_eq!(without.digest(&process).unwrap(), EnvDigest::of(&content));
     }
 
     #[test]

@@ -43,6 +43,8 @@ pub enum Command {
     Agent(AgentCommand),
     /// Print the custom resource definitions as YAML.
     Crd,
+    /// Fail while a node still removes something; the chart asks before it is uninstalled.
+    UninstallCheck,
 }
 
 /// `kari controller`. The API server is found as kubectl finds it: KUBECONFIG,

@@ -16,3 +16,4 @@ pub mod seal;
 #[cfg(test)]
 mod simulation;
 pub mod telemetry;
+pub mod uninstall;

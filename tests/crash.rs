@@ -227,6 +227,8 @@ async fn a_node_that_reboots_without_agent_and_api_comes_up_serving() {
         .await;
     space.ready_at("shop", &repository.commit).await;
     kill(space.testbed, "agent/n1").await;
+    // It would end by itself when it can't renew its Lease, sooner or later.
+    kill(space.testbed, "controller").await;
     kill(space.testbed, "apiserver").await;
     kill(space.testbed, "node/n1").await;
     start(space.testbed, "node/n1").await;
@@ -247,6 +249,7 @@ async fn a_node_that_reboots_without_agent_and_api_comes_up_serving() {
         )
         .await;
     start(space.testbed, "apiserver").await;
+    start(space.testbed, "controller").await;
     let mut changed = files;
     support::write(changed.path(), &[("message", "two")]);
     let second = space.push("shop", changed.path());

@@ -13,6 +13,12 @@ use kube::api::{Api, DynamicObject, Patch, PatchParams, PostParams};
 use kube::core::{ApiResource, GroupVersionKind};
 use serde_json::{Value, json};
 
+/// A namespace in which the schema alone decides, not the policy on sandboxes.
+async fn privileged_space() -> support::Space {
+    let label = [("kari.dev/sandbox", "privileged")];
+    support::Space::labelled(support::control_plane().await, "schema", &label).await
+}
+
 /// A manifest that uses every field, to be broken in one place at a time.
 fn good() -> Value {
     json!({
@@ -805,7 +811,7 @@ async fn bad_manifests_are_refused_with_a_message_that_says_what_to_change() {
 
 #[tokio::test]
 async fn good_manifests_are_taken_and_read_back() {
-    let space = support::Space::new(support::control_plane().await, "schema").await;
+    let space = privileged_space().await;
     let api = api(space.client.clone(), &space.namespace);
     for (number, (what, mut manifest)) in accepted().into_iter().enumerate() {
         manifest["metadata"]["name"] = json!(format!("good-{number}"));
@@ -828,7 +834,7 @@ async fn good_manifests_are_taken_and_read_back() {
 
 #[tokio::test]
 async fn a_reference_changes_its_kind_by_server_side_apply_and_by_merge() {
-    let space = support::Space::new(support::control_plane().await, "schema").await;
+    let space = privileged_space().await;
     let api = api(space.client.clone(), &space.namespace);
     let parameters = PatchParams::apply("test").force();
     let kinds = [
@@ -883,4 +889,50 @@ async fn strict_create(
         .await
         .map(drop)
         .map_err(|e| e.to_string())
+}
+
+#[tokio::test]
+async fn a_label_of_the_namespace_says_which_exceptions_to_the_jail_are_taken() {
+    let testbed = support::control_plane().await;
+    let none = json!({"deny": ["JIT"], "addressFamilies": ["AF_UNIX", "AF_INET"]});
+    let bind = json!({"capabilities": ["CAP_NET_BIND_SERVICE"]});
+    let wide = json!({"capabilities": ["CAP_NET_ADMIN"], "writablePaths": ["/srv/shop"]});
+    // The label, and which of the three are taken.
+    let table = [
+        (None, [true, true, false]),
+        (Some("restricted"), [true, false, false]),
+        (Some("baseline"), [true, true, false]),
+        (Some("privileged"), [true, true, true]),
+        (Some("privilegd"), [false, false, false]),
+    ];
+    for (level, taken) in table {
+        let labels: Vec<_> = level
+            .map(|level| ("kari.dev/sandbox", level))
+            .into_iter()
+            .collect();
+        let space = support::Space::labelled(testbed, "level", &labels).await;
+        for (sandbox, taken) in [&none, &bind, &wide].into_iter().zip(taken) {
+            let mut manifest = good();
+            manifest["spec"]["processes"][0]["sandbox"] = sandbox.clone();
+            let parameters = PatchParams::apply("test").dry_run();
+            let patch = Patch::Apply(&manifest);
+            let api = api(space.client.clone(), &space.namespace);
+            let answer = api.patch("shop", &parameters, &patch).await;
+            match answer {
+                Ok(_) => assert!(taken, "{level:?} takes {sandbox}"),
+                Err(error) => {
+                    let message = error.to_string();
+                    assert!(!taken, "{level:?} {sandbox}: {message}");
+                    let wanted = match level {
+                        Some("privilegd") => {
+                            "an administrator sets it to restricted, baseline or privileged"
+                        }
+                        Some("restricted") if sandbox == &bind => "to baseline",
+                        Some(_) | None => "to privileged",
+                    };
+                    assert!(message.contains(wanted), "{level:?} {sandbox}: {message}");
+                }
+            }
+        }
+    }
 }

@@ -104,7 +104,8 @@ fn default_revision_history_limit() -> u32 {
 #[serde(rename_all = "camelCase")]
 pub struct Placement {
     /// Labels that a node must have. Required; write `{}` to mean every node.
-    #[schemars(extend("maxProperties" = 32))]
+    // Atomic, as in core/v1: merged by server-side apply, a change to `{}` becomes null.
+    #[schemars(extend("maxProperties" = 32, "x-kubernetes-map-type" = "atomic"))]
     #[x_kube(validation = ("self.all(k, k.size() <= 317 && !k.contains(' '))", "nodeSelector has a key that is not a label key"))]
     pub node_selector: BTreeMap<String, LabelValue>,
     /// Further terms, all of which a node must satisfy, as in nodeAffinity.

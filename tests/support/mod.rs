@@ -11,6 +11,7 @@
 )]
 
 pub mod app;
+pub mod snapshot;
 pub mod tls;
 pub mod traffic;
 
@@ -81,6 +82,11 @@ pub struct Space {
 impl Space {
     /// A new namespace; its name has `topic` in it, so that a failing test's objects are found.
     pub async fn new(testbed: &'static Testbed, topic: &str) -> Self {
+        Self::labelled(testbed, topic, &[]).await
+    }
+
+    /// As [`Space::new`], with labels of the namespace, as an administrator sets them.
+    pub async fn labelled(testbed: &'static Testbed, topic: &str, labels: &[(&str, &str)]) -> Self {
         let client = testbed.client().await.expect("a client of the API server");
         let name = format!(
             "{topic}-{}",
@@ -89,6 +95,12 @@ impl Space {
         let namespace = Namespace {
             metadata: ObjectMeta {
                 name: Some(name.clone()),
+                labels: Some(
+                    labels
+                        .iter()
+                        .map(|&(key, value)| (key.to_owned(), value.to_owned()))
+                        .collect(),
+                ),
                 ..ObjectMeta::default()
             },
             ..Namespace::default()

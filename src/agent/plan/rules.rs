@@ -940,6 +940,9 @@ fn a_recreate_finds_its_way_around_a_taken_port_and_a_proxy_that_is_away() {
         _ => None,
     };
     assert_eq!(undone(&world), Some(false), "it has no traffic yet");
+    let old = world.unit_of("web").unwrap();
+    let runs = world.observe().host.services[&old].activity == Activity::Active;
+    assert!(runs, "what was stopped does not wait for the proxy");
     world.proxy_down = false;
     assert!(matches!(world.settle(), Progress::Failed(_)));
     world.check_settled();

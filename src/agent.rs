@@ -106,6 +106,8 @@ pub struct Config {
     pub tool_path: String,
     /// The proxy's port.
     pub http_port: u16,
+    /// The proxy's port for TLS; 0 for none.
+    pub https_port: u16,
     /// Where health, readiness and metrics are told.
     pub listen: SocketAddr,
     /// Fetches at once.
@@ -312,7 +314,7 @@ async fn prepare_host(
         );
         PathBuf::from("/usr/sbin/nginx")
     });
-    let settings = ProxySettings::of_this_node(config.http_port, nginx);
+    let settings = ProxySettings::of_this_node(config.http_port, config.https_port, nginx);
     let proxy = Proxy::new(store.proxy(), units.clone(), systemd.clone(), settings);
     if let Err(error) = proxy.ensure().await {
         warn!("the proxy is not up: {}", error_chain(&error));

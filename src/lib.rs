@@ -8,7 +8,9 @@
 pub mod agent;
 pub mod api;
 pub mod arguments;
+pub mod certificate;
 pub mod controller;
+pub mod git_credential;
 pub mod runtime;
 pub mod seal;
 #[cfg(test)]

@@ -29,10 +29,10 @@ use super::observed::{
 };
 use super::placement;
 use super::reach::Leases;
-use super::references::{Contents, Question, References};
+use super::references::{self, Contents, Question, References};
 use super::revision;
-use super::source::Sources;
 use super::source::schedule::Interest;
+use super::source::{Repository, Sources};
 
 /// A cache of objects, each of which may be unreadable.
 pub type Cache<K> = Store<DeserializeGuard<K>>;
@@ -239,9 +239,16 @@ impl Caches {
                 return Found::Behind;
             }
         }
-        // Asked in any case, so that both go on at once.
-        let lookup = lookup(key, &deployment, sources, insecure_source_schemes);
-        let Some(contents) = contents(key, &deployment, references, insecure_source_schemes) else {
+        let contents = contents(key, &deployment, references, insecure_source_schemes);
+        // Asked in any case, so that both go on at once, but for a source that is read with a Secret.
+        let lookup = lookup(
+            key,
+            &deployment,
+            contents.as_ref(),
+            sources,
+            insecure_source_schemes,
+        );
+        let Some(contents) = contents else {
             return Found::Unread;
         };
         Found::Observed(Box::new(Observed {
@@ -413,6 +420,7 @@ fn observed_deployment(key: &Key, object: &Deployment) -> ObservedDeployment {
 fn lookup(
     key: &Key,
     deployment: &ObservedDeployment,
+    contents: Option<&Contents>,
     sources: &Sources,
     insecure_source_schemes: bool,
 ) -> Lookup {
@@ -430,6 +438,27 @@ fn lookup(
             answered_request: deployment.requested_at.clone(),
         };
     };
+    let credential = match contents {
+        None if source.secret_ref.is_some() => {
+            return Lookup {
+                outcome: Outcome::Pending,
+                answered_request: None,
+            };
+        }
+        None => Ok(None),
+        Some(contents) => references::git_credential(source, contents),
+    };
+    let credential = match credential {
+        Ok(credential) => credential.map(Arc::new),
+        Err(failure) => {
+            // The Secret was looked at, which is all that can be done.
+            sources.forget(key);
+            return Lookup {
+                outcome: Outcome::Failed(failure),
+                answered_request: deployment.requested_at.clone(),
+            };
+        }
+    };
     let known = deployment.status.source.as_ref().is_some_and(|s| {
         s.url == source.url && revision::may_stand_for(source.reference.as_ref(), &s.reference)
     });
@@ -443,7 +472,10 @@ fn lookup(
         .clone()
         .filter(|requested| Some(requested) != handled.as_ref());
     let interest = Interest {
-        url: source.url.clone(),
+        repository: Repository {
+            url: source.url.clone(),
+            credential,
+        },
         reference,
         range: revision::range(source.reference.as_ref()).map(str::to_owned),
         interval: Duration::from_secs(u64::from(source.interval_seconds)),

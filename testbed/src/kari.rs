@@ -204,6 +204,7 @@ pub fn start_agent(
         .arg(format!("--namespace={NAMESPACE}"))
         .arg(format!("--tool-path={}", tool_path(toolchains)))
         .arg(format!("--http-port={}", description.addresses.http_port))
+        .arg(format!("--https-port={}", description.addresses.https_port))
         .arg(format!("--listen={}", description.addresses.agent))
         .arg(format!("--disk-reserve-mib={DISK_RESERVE_MIB}"))
         .args(&description.agent_arguments)

@@ -50,6 +50,7 @@ pub fn choose_addresses(network: Network) -> Result<Addresses> {
             controller: at(8080),
             agent: SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8081),
             http_port: 80,
+            https_port: 443,
         }),
         Network::Host => {
             // All are held until all are chosen, so that they differ.
@@ -73,6 +74,7 @@ pub fn choose_addresses(network: Network) -> Result<Addresses> {
                 controller: free()?,
                 agent: free()?,
                 http_port: free()?.port(),
+                https_port: free()?.port(),
             })
         }
     }

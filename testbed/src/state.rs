@@ -194,6 +194,8 @@ pub struct Addresses {
     pub agent: SocketAddrV4,
     /// The port of each node's proxy.
     pub http_port: u16,
+    /// The port of each node's proxy for TLS.
+    pub https_port: u16,
 }
 
 /// What a testbed is made of; `testbed.json`.

@@ -1044,7 +1044,13 @@ fn a_route_leads_to_its_process_and_is_measured_where_its_probe_looks() {
     let mut wish = wish(draft(1));
     let routes = |wish: &crate::agent::host::records::Wish, world: &World| {
         let processes = world.committed();
-        let host = virtual_host(&app(), wish.release_id, &wish.template, processes, &[]);
+        let host = virtual_host(
+            &app(),
+            wish.release_id,
+            (&wish.template, &wish.sealed),
+            processes,
+            &[],
+        );
         host.map(|host| host.routes)
     };
     let world = running(1);

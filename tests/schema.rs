@@ -35,6 +35,7 @@ fn good() -> Value {
                 "url": "https://git.example.com/shop.git",
                 "ref": {"branch": "main"},
                 "directory": "services/shop",
+                "secretRef": {"name": "shop-git"},
                 "submodules": true,
                 "allowRewind": false,
                 "intervalSeconds": 60,
@@ -61,7 +62,7 @@ fn good() -> Value {
                 "terminationGracePeriodSeconds": 30,
                 "stateDirectory": true,
                 "sandbox": {"writablePaths": ["/srv/shop"], "addressFamilies": ["AF_INET"], "capabilities": ["CAP_NET_BIND_SERVICE"], "deny": ["JIT"]},
-                "route": {"hosts": ["shop.example.com"], "path": "/shop"},
+                "route": {"hosts": ["shop.example.com"], "path": "/shop", "tls": {"secretName": "shop-tls"}},
             }],
             "strategy": {"switch": "BlueGreen", "maxUnavailable": 1, "minReadySeconds": 10, "progressDeadlineSeconds": 1800},
             "deletionPolicy": "Orphan",
@@ -574,6 +575,33 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
             "a host in capitals",
             process("route", json!({"hosts": ["Shop.example.com"]})),
             "route.hosts[0]",
+        ),
+        (
+            "a route with TLS of no Secret",
+            process("route", json!({"hosts": ["a.test"], "tls": {}})),
+            "route.tls.secretName: Required value",
+        ),
+        (
+            "a route with TLS of a Secret that has no name",
+            process(
+                "route",
+                json!({"hosts": ["a.test"], "tls": {"secretName": "Shop TLS"}}),
+            ),
+            "route.tls.secretName in body should match",
+        ),
+        (
+            "a credential without a name",
+            git("secretRef", json!({})),
+            "git.secretRef.name: Required value",
+        ),
+        (
+            "a credential that would go in the clear",
+            {
+                let mut manifest = git("secretRef", json!({"name": "shop-git"}));
+                manifest["spec"]["source"]["git"]["url"] = json!("http://git.example.com/shop.git");
+                manifest
+            },
+            "secretRef needs an https or ssh url",
         ),
         (
             "a route without hosts",

@@ -25,19 +25,29 @@ coverage: prerequisites ## which lines of the planners the unit tests reach, and
 	hack/coverage.sh
 
 .PHONY: check
-check: check-rust check-dependencies check-scripts check-generated ## formatting, lints, licences, generated files; what CI runs before the tests
+check: check-rust check-dependencies check-scripts check-generated check-chart ## formatting, lints, licences, generated files, the chart; what CI runs before the tests
 
 .PHONY: check-long
-check-long: build ## what is too long for `make test`, or needs a package registry: third-party servers, 20 testbeds in a row
+check-long: build ## what is too long for `make test`, or needs a package registry: third-party servers, 20 testbeds in a row, the image twice
 	hack/third-party.sh
 	hack/up-down.sh
+	hack/image-twice.sh
+
+.PHONY: e2e
+e2e: build ## Kari as a cluster has it: image, nodes with a kubelet, helm install, upgrade, uninstall (as root)
+	cargo test --locked --test e2e -- --nocapture
+
+.PHONY: image
+image: prerequisites ## Kari's image as target/kari-image.tar, without a registry; the Dockerfile makes the same with one
+	mkdir -p target
+	hack/image.sh target/kari-image.tar
 
 .PHONY: build
 build: prerequisites ## the programs and the testbed, for development
 	cargo build --workspace --locked
 
 .PHONY: generate
-generate: prerequisites ## write crds/ and docs/api.md anew from the Rust types
+generate: prerequisites ## write crds/, docs/api.md and the chart's copies and page anew
 	KARI_WRITE_GENERATED=1 cargo test --quiet --locked --test generated
 
 .PHONY: clean
@@ -62,7 +72,11 @@ check-scripts: prerequisites
 	shellcheck --external-sources $(shell_files)
 	yamllint --strict $$(git ls-files '*.yaml' '*.yml' .yamllint)
 
+.PHONY: check-chart
+check-chart: prerequisites
+	hack/chart.sh
+
 .PHONY: check-generated
 check-generated: generate
-	@git diff --exit-code -- crds docs/api.md || \
-	  { echo "crds/ and docs/api.md are older than the Rust types: commit what \`make generate\` wrote." >&2; exit 1; }
+	@git diff --exit-code -- crds docs/api.md charts || \
+	  { echo "Generated files are older than what they are made from: commit what \`make generate\` wrote." >&2; exit 1; }

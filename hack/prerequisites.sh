@@ -12,12 +12,16 @@ readonly needs=(
     "cc gcc"                      # links Rust programs and builds ring's C parts
     "curl curl"
     "git git"
+    "getent libc-bin"             # in the image
+    "journalctl systemd"
+    "ssh openssh-client"
     "node nodejs"                 # the examples' languages, Go apart
     "python3 python3"
     "shellcheck shellcheck"
     "yamllint yamllint"
     "+libc-headers libc6-dev"
     "+certificates ca-certificates"
+    "+nss-systemd libnss-systemd"
 )
 
 main() {
@@ -42,6 +46,7 @@ main() {
 is_there() {
     case $1 in
         +libc-headers) echo '#include <stdlib.h>' | cc -E - >/dev/null 2>&1 ;;
+        +nss-systemd) ldconfig -p | grep -q libnss_systemd.so.2 ;;
         +certificates) [[ -e /etc/ssl/certs/ca-certificates.crt ]] ;;
         *) command -v "$1" >/dev/null ;;
     esac

@@ -43,6 +43,8 @@ pub enum Command {
     Agent(AgentCommand),
     /// Print the custom resource definitions as YAML.
     Crd,
+    /// Fail while a node still removes something; the chart asks before it is uninstalled.
+    UninstallCheck,
 }
 
 /// `kari controller`. The API server is found as kubectl finds it: KUBECONFIG,
@@ -132,6 +134,12 @@ pub struct AgentArguments {
     /// The port on which kari-proxy listens for requests to the apps.
     #[arg(long, env = "KARI_HTTP_PORT", default_value = "80")]
     pub http_port: NonZeroU16,
+
+    /// The port on which kari-proxy listens for TLS, for Deployments with
+    /// route.tls; 0 for none. Requests to such a host on the other port are
+    /// sent there.
+    #[arg(long, env = "KARI_HTTPS_PORT", default_value = "443")]
+    pub https_port: u16,
 
     /// Where /healthz, /readyz and /metrics are served.
     #[arg(long, env = "KARI_LISTEN", default_value = "127.0.0.1:8081")]

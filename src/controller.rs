@@ -43,7 +43,7 @@ use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::watcher;
 use kube::{Api, Client};
 use prometheus_client::registry::Registry;
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::{Access, FlockOperation, Mode, OFlags};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -96,8 +96,8 @@ pub enum ControllerError {
     /// The endpoints are not served.
     #[error(transparent)]
     Serve(#[from] ServeError),
-    /// The folder that is git's home could not be made.
-    #[error("cannot make the empty folder {folder}; set TMPDIR to a folder that can be written to")]
+    /// A folder of git's could not be made.
+    #[error("cannot use the folder {folder}; set TMPDIR to a folder that can be written to")]
     Home {
         /// The folder.
         folder: PathBuf,
@@ -151,7 +151,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Cont
     };
     let defined = readiness.gate("the custom resource definitions");
     let filled = readiness.gate("the first lists of all that is watched");
-    let home = Home::make()?;
+    let home = Home::make(&std::env::temp_dir())?;
+    let credentials = Home::make(&memory_folder())?;
+    if !is_plain(&credentials.folder) {
+        let source = std::io::Error::other("its path has more than letters, digits and ._/-");
+        let folder = credentials.folder.clone();
+        return Err(ControllerError::Home { folder, source });
+    }
 
     // The endpoints outlive the work, so that a probe sees a shutdown through.
     let served = CancellationToken::new();
@@ -195,6 +201,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Cont
             slots: config.source_slots.max(1),
             insecure_schemes: config.insecure_source_schemes,
             home: home.folder.clone(),
+            credentials: credentials.folder.clone(),
         };
         triggers.wake_all();
         let mut leading = JoinSet::new();
@@ -420,19 +427,38 @@ fn host_name() -> String {
 /// What the name of an empty folder of a controller begins with.
 const HOME_PREFIX: &str = "kari-controller-";
 
-/// An empty folder of this process's own, which goes with it. One whose process was killed goes with the
-/// next controller: nobody holds its lock.
+/// Where the kernel keeps files in memory on most machines, and in most containers.
+const MEMORY: &str = "/dev/shm";
+
+/// Where the files of credentials go: memory, if it can be written to, else the folder for temporary files.
+fn memory_folder() -> PathBuf {
+    let memory = PathBuf::from(MEMORY);
+    match rustix::fs::access(&memory, Access::WRITE_OK | Access::EXEC_OK) {
+        Ok(()) => memory,
+        Err(_) => std::env::temp_dir(),
+    }
+}
+
+/// Whether git and ssh take the path of a file for nothing else.
+fn is_plain(path: &Path) -> bool {
+    path.to_str().is_some_and(|path| {
+        path.bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"._/-".contains(&b))
+    })
+}
+
+/// A folder of this process's own, which goes with it. One whose process was killed goes with the next
+/// controller: nobody holds its lock.
 struct Home {
     folder: PathBuf,
     _lock: OwnedFd,
 }
 
 impl Home {
-    fn make() -> Result<Self, ControllerError> {
+    fn make(within: &Path) -> Result<Self, ControllerError> {
         use std::os::unix::fs::DirBuilderExt as _;
-        let temporary = std::env::temp_dir();
-        remove_abandoned(&temporary);
-        let folder = temporary.join(format!("{HOME_PREFIX}{}", uuid::Uuid::new_v4()));
+        remove_abandoned(within);
+        let folder = within.join(format!("{HOME_PREFIX}{}", uuid::Uuid::new_v4()));
         let made = std::fs::DirBuilder::new()
             .mode(0o700)
             .create(&folder)
@@ -447,8 +473,7 @@ impl Home {
     }
 }
 
-/// Removes the folders that controllers left here which were killed. They are empty; what is not, or is
-/// another user's, stays.
+/// Removes the folders that controllers left here which were killed, but for other users'.
 fn remove_abandoned(temporary: &Path) {
     for entry in std::fs::read_dir(temporary).into_iter().flatten().flatten() {
         let is_home = entry
@@ -456,7 +481,7 @@ fn remove_abandoned(temporary: &Path) {
             .to_str()
             .is_some_and(|name| name.starts_with(HOME_PREFIX));
         if is_home && locked(&entry.path()).is_ok() {
-            let _ = std::fs::remove_dir(entry.path());
+            let _ = std::fs::remove_dir_all(entry.path());
         }
     }
 }
@@ -471,8 +496,7 @@ fn locked(folder: &Path) -> std::io::Result<OwnedFd> {
 
 impl Drop for Home {
     fn drop(&mut self) {
-        // It is empty, unless git has put something there; then it stays for whoever looks after it.
-        let _ = std::fs::remove_dir(&self.folder);
+        let _ = std::fs::remove_dir_all(&self.folder);
     }
 }
 
@@ -489,11 +513,11 @@ mod tests {
             folder
         };
         let (abandoned, held) = (make("kari-controller-a"), make("kari-controller-b"));
-        let (full, other) = (make("kari-controller-c"), make("other"));
-        std::fs::write(full.join("file"), "").unwrap();
+        let other = make("other");
+        std::fs::write(abandoned.join("file"), "").unwrap();
         let _lock = locked(&held).unwrap();
         remove_abandoned(temporary.path());
         assert!(!abandoned.exists());
-        assert!(held.exists() && full.exists() && other.exists());
+        assert!(held.exists() && other.exists());
     }
 }

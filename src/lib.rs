@@ -8,9 +8,12 @@
 pub mod agent;
 pub mod api;
 pub mod arguments;
+pub mod certificate;
 pub mod controller;
+pub mod git_credential;
 pub mod runtime;
 pub mod seal;
 #[cfg(test)]
 mod simulation;
 pub mod telemetry;
+pub mod uninstall;

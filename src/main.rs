@@ -10,7 +10,7 @@ use kari::arguments::{
     AgentArguments, AgentCommand, AgentRequest, Arguments, Command, ControllerArguments,
 };
 use kari::runtime::{client, error_chain, shutdown};
-use kari::{agent, api, controller, telemetry};
+use kari::{agent, api, controller, telemetry, uninstall};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -31,7 +31,7 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
             request: Some(request),
             run: _,
         }) => return ask_agent(request),
-        Command::Agent(_) | Command::Controller(_) => {}
+        Command::Agent(_) | Command::Controller(_) | Command::UninstallCheck => {}
     }
     // Both parts hold secrets, which must not get into a core dump.
     rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
@@ -53,6 +53,10 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
             Command::Controller(arguments) => {
                 let client = client::infer().await?;
                 Ok(controller::run(controller_config(arguments, client), shutdown).await?)
+            }
+            Command::UninstallCheck => {
+                let client = kube::Client::try_from(client::infer().await?)?;
+                Ok(uninstall::check(client).await?)
             }
             Command::Agent(AgentCommand {
                 run: Some(arguments),
@@ -87,6 +91,7 @@ fn agent_config(arguments: AgentArguments, client: kube::Config) -> agent::Confi
         namespace,
         tool_path,
         http_port,
+        https_port,
         listen,
         fetch_slots,
         build_slots,
@@ -100,6 +105,7 @@ fn agent_config(arguments: AgentArguments, client: kube::Config) -> agent::Confi
         namespace,
         tool_path: tool_path.to_string(),
         http_port: http_port.get(),
+        https_port,
         listen,
         fetch_slots: usize::from(fetch_slots.get()),
         build_slots: usize::from(build_slots.get()),

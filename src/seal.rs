@@ -12,6 +12,7 @@
 //! Deliberately absent: whom a value comes from. Base mode does not tell; that only the controller writes
 //! Releases is the API server's to enforce.
 
+pub mod data;
 pub mod environment;
 
 use std::fmt;

@@ -106,6 +106,313 @@ struct Servers {
 
 static SERVERS: OnceCell<Servers> = OnceCell::const_new();
 
+/// Servers in the node that want credentials: sshd on another port, and nginx with TLS of an authority that no
+/// machine knows. /srv/private has the keys.
+struct PrivateServers {
+    /// The node's address.
+    ip: String,
+    /// Another address of it, where whoever asks is noted with what he sends.
+    elsewhere: String,
+    authority: String,
+    known_hosts: String,
+    /// Keys for ssh: the first is let in.
+    keys: [String; 2],
+}
+
+static PRIVATE_SERVERS: OnceCell<PrivateServers> = OnceCell::const_new();
+
+const PASSWORD: &str = "hunter2-planted-password";
+const TOKEN: &str = "planted-token-4711";
+
+const START_PRIVATE_SERVERS: &str = r#"
+mkdir -p /srv/git /srv/private /run/sshd
+cd /srv/private
+ip=$1 git=$2 elsewhere=10.77.0.250
+ip addr add $elsewhere/32 dev lo
+openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj '/CN=an authority' -keyout ca.key -out ca.pem 2>/dev/null
+openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj '/CN=git' -keyout key.pem -out request.pem 2>/dev/null
+printf 'subjectAltName=IP:%s,IP:%s\n' "$ip" $elsewhere >extensions
+openssl x509 -req -in request.pem -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile extensions -out certificate.pem 2>/dev/null
+printf 'user:%s\n' "$(openssl passwd -apr1 "$3")" >users
+chmod 644 users
+cat >nginx.conf <<END
+error_log stderr; pid /srv/private/pid; daemon off;
+events {}
+http {
+    log_format sent '\$server_addr \$http_authorization';
+    ssl_certificate certificate.pem;
+    ssl_certificate_key key.pem;
+    server {
+        listen $ip:8444 ssl;
+        access_log off;
+        location /open/ { proxy_pass http://$git/; }
+        location /basic/ { auth_basic git; auth_basic_user_file users; proxy_pass http://$git/; }
+        location /bearer/ {
+            if (\$http_authorization != "Bearer $4") { return 401; }
+            proxy_pass http://$git/;
+        }
+        location /away/ { return 302 https://$elsewhere:8444\$request_uri; }
+        # It says what it was sent.
+        location /echo/ { default_type text/plain; return 403 "refused: \$http_authorization"; }
+    }
+    server {
+        listen $elsewhere:8444 ssl;
+        access_log /srv/private/sent sent;
+        location / { auth_basic git; auth_basic_user_file users; proxy_pass http://$git/; }
+    }
+}
+END
+systemd-run --quiet --unit=tls-private nginx -p /srv/private -c nginx.conf
+
+for key in host good other; do ssh-keygen -q -t ed25519 -N '' -f $key; done
+useradd --create-home --shell "$(command -v git-shell)" private
+passwd --quiet --delete private
+cp good.pub authorized
+cat >config <<END
+Port 2222
+HostKey /srv/private/host
+AllowUsers private
+AuthorizedKeysFile /srv/private/authorized
+PasswordAuthentication no
+UsePAM no
+StrictModes no
+PidFile none
+END
+systemd-run --quiet --unit=sshd-private "$(command -v sshd)" -D -e -f /srv/private/config
+for port in 8444 2222; do
+    until (: </dev/tcp/$ip/$port) 2>/dev/null; do sleep 0.05; done
+done
+"#;
+
+async fn private_servers(space: &Space) -> &'static PrivateServers {
+    PRIVATE_SERVERS
+        .get_or_init(|| async {
+            let ip = space.testbed.node(NODE).expect("a node").ip().to_string();
+            let git = space.testbed.description().addresses.git.to_string();
+            let words = ["bash", "-euc", START_PRIVATE_SERVERS, "servers"];
+            let arguments = [ip.as_str(), &git, PASSWORD, TOKEN];
+            space.on(NODE, &[&words[..], &arguments].concat()).await;
+            let file = async |name: &str| {
+                let path = format!("/srv/private/{name}");
+                space.on(NODE, &["cat", &path]).await
+            };
+            let host = file("host.pub").await;
+            let host: Vec<&str> = host.split(' ').take(2).collect();
+            PrivateServers {
+                known_hosts: format!("[{ip}]:2222 {}", host.join(" ")),
+                elsewhere: "10.77.0.250".to_owned(),
+                authority: file("ca.pem").await,
+                keys: [file("good").await, file("other").await],
+                ip,
+            }
+        })
+        .await
+}
+
+fn with_secret(name: &str, url: &str) -> Value {
+    let mut manifest = worker(name, url);
+    manifest["spec"]["source"]["git"]["secretRef"] = json!({"name": name});
+    manifest
+}
+
+#[tokio::test]
+async fn a_private_repository_is_read_by_ssh_and_each_thing_that_is_wrong_is_told() {
+    let space = space("ssh").await;
+    let PrivateServers {
+        ip,
+        known_hosts,
+        keys: [good, other],
+        ..
+    } = private_servers(&space).await;
+    let first = push(&space, "shop", "one");
+    let name = publish_as(&space, "private", &first).await;
+    let url = format!("ssh://private@{ip}:2222/srv/git/{name}");
+    let kind = "kubernetes.io/ssh-auth";
+    let secret = async |key: &str, hosts: &str| {
+        let data = [("ssh-privatekey", key), ("known_hosts", hosts)];
+        space.secret("shop", kind, &data).await;
+        space.request_look("shop").await;
+    };
+
+    space.apply(&with_secret("shop", &url)).await;
+    let says = async |why: &str| says(&space, "shop", "Stalled", why, LIMIT).await;
+    let message = says("ReferenceNotFound").await;
+    assert!(message.contains("there is no Secret shop"), "{message}");
+    space
+        .secret("shop", kind, &[("ssh-privatekey", good)])
+        .await;
+    space.request_look("shop").await;
+    until("the missing key is named", LIMIT, || async {
+        let message = says("ReferenceNotFound").await;
+        message
+            .contains("no key known_hosts")
+            .then_some(())
+            .ok_or(message)
+    })
+    .await;
+    secret(other, known_hosts).await;
+    let message = says("AuthenticationFailed").await;
+    assert!(message.contains("secretRef"), "{message}");
+    let another = known_hosts.replace("AAAAI", "AAAAJ").replace("IN", "IM");
+    secret(good, &another).await;
+    let message = says("HostKeyMismatch").await;
+    assert!(message.contains("known_hosts of the Secret"), "{message}");
+    secret(good, known_hosts).await;
+    let deployed = space.ready_at("shop", &first.commit).await;
+    let revision = deployed.status.and_then(|s| s.revision);
+
+    // The server takes another key now. Nothing is started anew for that.
+    let authorize = "cp /srv/private/other.pub /srv/private/authorized";
+    space.on(NODE, &["sh", "-c", authorize]).await;
+    secret(other, known_hosts).await;
+    let sealed = |release: &kari::api::Release| release.spec.sealed.clone();
+    let rotated = space
+        .release_until("shop", NODE, "sealed anew", LIMIT, |r| {
+            r.metadata.generation > Some(1) && !sealed(r).is_empty()
+        })
+        .await;
+    assert_eq!(Some(rotated.spec.revision), revision);
+    let second = push(&space, "shop", "two");
+    publish_as(&space, "private", &second).await;
+    space.request_look("shop").await;
+    space.ready_at("shop", &second.commit).await;
+
+    // Without its Secret it goes on as it is.
+    let secrets: kube::Api<k8s_openapi::api::core::v1::Secret> =
+        kube::Api::namespaced(space.client.clone(), &space.namespace);
+    secrets
+        .delete("shop", &Default::default())
+        .await
+        .expect("deleted");
+    space.request_look("shop").await;
+    says("ReferenceNotFound").await;
+    assert_eq!(served(&space, "shop").await.as_ref(), Some(&second.commit));
+    planted_nowhere(&space, &good[110..160]).await;
+    planted_nowhere(&space, &other[110..160]).await;
+}
+
+#[tokio::test]
+async fn a_private_repository_is_read_by_https_and_a_credential_goes_to_no_other_host() {
+    let space = space("https").await;
+    let PrivateServers {
+        ip,
+        elsewhere,
+        authority,
+        ..
+    } = private_servers(&space).await;
+    let first = push(&space, "shop", "one");
+    let file = first.url.rsplit('/').next().expect("a name").to_owned();
+    let basic = [
+        ("username", "user"),
+        ("password", PASSWORD),
+        ("caFile", authority),
+    ];
+    let bearer = [("bearerToken", TOKEN), ("caFile", authority.as_str())];
+    let wrong = [
+        ("username", "user"),
+        ("password", "wrong"),
+        ("caFile", authority),
+    ];
+    let unknown = [("username", "user"), ("password", PASSWORD)];
+    let authority_alone = [("caFile", authority.as_str())];
+    let cases = [
+        ("basic", "basic", &basic[..]),
+        ("bearer", "bearer", &bearer),
+        ("authority", "open", &authority_alone),
+        ("wrong", "basic", &wrong),
+        ("unknown", "basic", &unknown),
+        ("away", "away", &basic),
+        ("token-away", "away", &bearer),
+        ("echo", "echo", &basic),
+    ];
+    for (name, place, data) in cases {
+        space.secret(name, "Opaque", data).await;
+        let url = format!("https://{ip}:8444/{place}/{file}");
+        space.apply(&with_secret(name, &url)).await;
+    }
+    for name in ["basic", "bearer", "authority"] {
+        space.ready_at(name, &first.commit).await;
+    }
+    for (name, kind, why, with) in [
+        ("wrong", "Stalled", "AuthenticationFailed", "secretRef"),
+        ("unknown", "Ready", "SourceUnavailable", "certificate"),
+        (
+            "away",
+            "Stalled",
+            "AuthenticationFailed",
+            elsewhere.as_str(),
+        ),
+        (
+            "token-away",
+            "Ready",
+            "SourceUnavailable",
+            "leads elsewhere",
+        ),
+        ("echo", "Stalled", "AuthenticationFailed", "403"),
+    ] {
+        let message = says(&space, name, kind, why, LIMIT).await;
+        assert!(message.contains(with), "{name}: {message}");
+    }
+    // Where it was led to it was asked for a credential, and none was sent.
+    let sent = space.on(NODE, &["cat", "/srv/private/sent"]).await;
+    assert!(sent.contains(elsewhere.as_str()), "{sent}");
+    assert!(sent.lines().all(|line| line.ends_with(" -")), "{sent}");
+
+    // A submodule elsewhere gets none either, and is not fetched.
+    let library = push(&space, "lib", "from the library");
+    let file_of_library = library.url.rsplit('/').next().expect("a name");
+    let at = format!("https://{elsewhere}:8444/{file_of_library}");
+    link(&space, "shop", &at, &library.commit);
+    let url = format!("https://{ip}:8444/basic/{file}");
+    let mut manifest = with_secret("basic", &url);
+    manifest["spec"]["source"]["git"]["submodules"] = json!(true);
+    space.apply(&manifest).await;
+    space.request_look("basic").await;
+    let failure = |r: &kari::api::Release| {
+        let attempt = r.status.as_ref().and_then(|s| s.attempt.as_ref());
+        let failure = attempt.and_then(|attempt| attempt.failure.as_ref());
+        failure.map(|f| (f.reason.clone(), f.message.clone()))
+    };
+    let release = space
+        .release_until("basic", NODE, "refused", DEPLOY_LIMIT, |r| {
+            failure(r).is_some()
+        })
+        .await;
+    let (why, message) = failure(&release).expect("a failure");
+    assert!(message.contains(elsewhere.as_str()), "{why}: {message}");
+    let sent = space.on(NODE, &["cat", "/srv/private/sent"]).await;
+    assert!(sent.lines().all(|line| line.ends_with(" -")), "{sent}");
+
+    for secret in [PASSWORD, TOKEN] {
+        planted_nowhere(&space, secret).await;
+    }
+}
+
+/// Asserts that a secret is in no log of Kari's, no object that others may read, and no file of the node but those
+/// that the test itself made.
+async fn planted_nowhere(space: &Space, secret: &str) {
+    let testbed = space.testbed;
+    let node = testbed.node(NODE).expect("a node").name();
+    for part in [Part::Controller, Part::Agent(node)] {
+        let log = testbed.logs(part).expect("a log");
+        assert!(!log.contains(secret), "in the log of {part:?}");
+    }
+    let kinds = "deployments.kari.dev,releases.kari.dev,controllerrevisions,events";
+    let objects = testbed.kubectl(["get", kinds, "-A", "-o", "yaml"]).await;
+    let objects = objects.expect("objects");
+    assert!(objects.contains("kind: Release"), "{objects}");
+    assert!(!objects.contains(secret), "in an object");
+    let search = r#"
+{ grep -rlF --exclude-dir=git -e "$1" /var/lib/kari /run/kari /run/systemd /etc/systemd /etc/userdb /var/log || :
+journalctl --no-pager -o cat | grep -F -e "$1" || :
+cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null | tr '\0' '\n' | grep -vxF -e "$1" | grep -F -e "$1" || :
+} 2>/dev/null"#;
+    let found = space
+        .on(NODE, &["sh", "-c", search, "search", secret])
+        .await;
+    assert_eq!(found.trim(), "", "on the node");
+}
+
 const START_SERVERS: &str = r#"
 mkdir -p /srv/git /srv/tls /srv/ssh /run/sshd
 cd /srv/tls
@@ -169,16 +476,20 @@ async fn servers(space: &Space) -> &'static Servers {
         .await
 }
 
-/// Copies a repository to where `git daemon` and sshd have theirs.
-async fn publish(space: &Space, repository: &Repository) -> String {
+/// Copies a repository to where `git daemon` and sshd have theirs, as the property of a user.
+async fn publish_as(space: &Space, user: &str, repository: &Repository) -> String {
     let script = r#"
 name=${1##*/}
 if [ -d "/srv/git/$name" ]; then git -c 'safe.directory=*' -C "/srv/git/$name" fetch --quiet
 else git clone --quiet --mirror "$1" "/srv/git/$name"; fi
-chown -R public "/srv/git/$name"
+chown -R "$2" "/srv/git/$name"
 echo "$name""#;
-    let words = ["sh", "-euc", script, "publish", &repository.url];
+    let words = ["sh", "-euc", script, "publish", &repository.url, user];
     space.on(NODE, &words).await
+}
+
+async fn publish(space: &Space, repository: &Repository) -> String {
+    publish_as(space, "public", repository).await
 }
 
 #[tokio::test]
@@ -447,7 +758,7 @@ async fn a_push_that_fifty_deployments_wait_for_is_looked_up_once_and_fetched_on
     let manifests: Vec<_> = names.iter().map(|name| worker(name, &first.url)).collect();
     join_all(manifests.iter().map(|manifest| space.apply(manifest))).await;
     all_at(&space, COUNT, &first.commit).await;
-    let key = MirrorKey::of(&SourceUrl::parse(&first.url).expect("a url"));
+    let key = MirrorKey::of(&SourceUrl::parse(&first.url).expect("a url"), None);
     let unit = fetch_unit_name(key.as_str());
     let fetches = || async {
         let words = ["journalctl", "--output=cat", "--unit", &unit];

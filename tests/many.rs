@@ -26,6 +26,9 @@ const NODE: &str = "n1";
 /// Builds at once of an agent that is not told otherwise.
 const BUILD_SLOTS: usize = 2;
 
+/// How often what takes time is measured, at most: with a slot taken it would take half as long again every time.
+const ROUNDS: usize = 3;
+
 /// The tests measure what the node does: one at a time.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
@@ -265,36 +268,36 @@ async fn what_hangs_for_ever_holds_its_own_slot_and_nothing_else() {
     let _alone = ALONE.lock().await;
     let testbed = support::testbed(1).await;
     let names: Vec<String> = (0..20).map(|n| format!("app{n}")).collect();
-    let space = Space::new(testbed, "alone").await;
-    let alone = time_of(&space, &names).await;
-    delete_all(&space).await;
+    let (mut alone, mut beside) = (Vec::new(), Vec::new());
+    // What else the machine does comes and goes: where it was more beside what hangs, both are measured again.
+    for _ in 0..ROUNDS {
+        let space = Space::new(testbed, "alone").await;
+        alone.push(time_of(&space, &names).await);
+        delete_all(&space).await;
 
-    // One slot more of each kind, and a build and a fetch that hold it for ever.
-    restart_agent(testbed, &["--build-slots=3", "--fetch-slots=5"]).await;
-    let hanging = Arc::new(Space::new(testbed, "hang").await);
-    let hung = hang(&hanging).await;
-    let space = Space::new(testbed, "beside").await;
-    let beside = time_of(&space, &names).await;
-    println!("20 Deployments alone: {alone:?}; beside a hung fetch, build and probe: {beside:?}");
-    for (name, step) in hung {
-        hanging
-            .release_until(name, NODE, step, Duration::ZERO, |r| is_at(r, step))
-            .await;
+        // One slot more of each kind, and a build and a fetch that hold it for ever.
+        restart_agent(testbed, &["--build-slots=3", "--fetch-slots=5"]).await;
+        let hanging = Arc::new(Space::new(testbed, "hang").await);
+        let hung = hang(&hanging).await;
+        let space = Space::new(testbed, "beside").await;
+        beside.push(time_of(&space, &names).await);
+        println!(
+            "20 Deployments alone: {alone:?}; beside a hung fetch, build and probe: {beside:?}"
+        );
+        for (name, step) in hung {
+            hanging
+                .release_until(name, NODE, step, Duration::ZERO, |r| is_at(r, step))
+                .await;
+        }
+        delete_all(&space).await;
+        delete_all(&hanging).await;
+        restart_agent(testbed, &[]).await;
+        let (most, least) = (alone.iter().max().unwrap(), beside.iter().min().unwrap());
+        if *least <= most.mul_f64(1.1) {
+            return;
+        }
     }
-    delete_all(&space).await;
-    delete_all(&hanging).await;
-    restart_agent(testbed, &[]).await;
-    if beside <= alone.mul_f64(1.1) {
-        return;
-    }
-    // The machine may have had more to do: what it takes alone is measured once more.
-    let space = Space::new(testbed, "again").await;
-    let again = time_of(&space, &names).await;
-    delete_all(&space).await;
-    assert!(
-        beside <= alone.max(again).mul_f64(1.1),
-        "20 Deployments took {alone:?} and {again:?} alone, and {beside:?} beside what hangs"
-    );
+    panic!("20 Deployments took {alone:?} alone, and {beside:?} beside what hangs");
 }
 
 /// Starts the agent anew with these arguments.

@@ -18,13 +18,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use kari::agent::host::mirror::{MirrorKey, MirrorSettings, MirrorState, Mirrors, SourceUrl, Want};
+use kari::agent::host::mirror::{
+    CredentialId, MirrorKey, MirrorSettings, MirrorState, Mirrors, SourceUrl, Want,
+};
 use kari::agent::host::store::{self, Store};
 use kari::agent::host::systemd::Systemd;
 use kari::agent::host::unit::{self, BuildSpec, fetch_unit_name};
 use kari::agent::host::users::{self, Users};
 use kari::api::names::{AppName, Commit, ReleaseId};
 use kari::api::reasons::Reason;
+use kari::git_credential::GitCredential;
+use kari::seal::SecretBytes;
 use tokio::task::AbortHandle;
 
 const TOOL_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -99,17 +103,42 @@ impl Node {
         submodules: bool,
     ) -> AppName {
         let app = AppName::parse(name).unwrap();
-        self.mirrors.want(
-            &app,
-            Want {
-                source: SourceUrl::parse(url).unwrap(),
-                reference: Some("refs/heads/main".into()),
-                commit: Commit::parse(commit).unwrap(),
-                base: base.map(|base| Commit::parse(base).unwrap()),
-                submodules,
-            },
-        );
+        let want = Want {
+            base: base.map(|base| Commit::parse(base).unwrap()),
+            submodules,
+            ..plain_want(url, commit)
+        };
+        self.mirrors.want(&app, want, None);
         app
+    }
+
+    /// With an ssh key and the host keys that go with it, which the node was given under `digest`.
+    fn want_privately(
+        &self,
+        name: &str,
+        (url, commit): (&str, &str),
+        (digest, key, hosts): (&str, &str, &str),
+    ) -> AppName {
+        let app = AppName::parse(name).unwrap();
+        let data = [("ssh-privatekey", key), ("known_hosts", hosts)]
+            .map(|(key, value)| (key.to_owned(), SecretBytes::new(value.into())));
+        let credential = GitCredential::parse(url, &data.into()).unwrap();
+        let want = Want {
+            credential: Some(CredentialId {
+                namespace: app.namespace().to_owned(),
+                digest: digest.to_owned(),
+            }),
+            ..plain_want(url, commit)
+        };
+        self.mirrors.want(&app, want, Some(Arc::new(credential)));
+        app
+    }
+
+    fn ready_mirror(&self, app: &AppName) -> PathBuf {
+        match self.mirrors.state(app) {
+            Some(MirrorState::Ready { mirror }) => mirror,
+            other => panic!("{other:?}"),
+        }
     }
 
     async fn refusal(&self, app: &AppName) -> (Reason, String) {
@@ -211,12 +240,12 @@ impl Node {
     }
 
     fn mirror(&self, url: &str) -> PathBuf {
-        let key = MirrorKey::of(&SourceUrl::parse(url).unwrap());
+        let key = MirrorKey::of(&SourceUrl::parse(url).unwrap(), None);
         self.store.mirrors().join(format!("{}.git", key.as_str()))
     }
 
     fn unit(url: &str) -> String {
-        fetch_unit_name(MirrorKey::of(&SourceUrl::parse(url).unwrap()).as_str())
+        fetch_unit_name(MirrorKey::of(&SourceUrl::parse(url).unwrap(), None).as_str())
     }
 
     /// How often the unit was started in this boot.
@@ -226,6 +255,17 @@ impl Node {
             Self::unit(url)
         ));
         lines.trim().parse().unwrap()
+    }
+}
+
+fn plain_want(url: &str, commit: &str) -> Want {
+    Want {
+        source: SourceUrl::parse(url).unwrap(),
+        reference: Some("refs/heads/main".into()),
+        commit: Commit::parse(commit).unwrap(),
+        base: None,
+        submodules: false,
+        credential: None,
     }
 }
 
@@ -421,7 +461,7 @@ async fn many_packs_become_one_and_what_is_held_for_nobody_goes() {
     // The app comes from elsewhere now. Nothing that somebody wants goes, whatever the records say.
     node.want("web.upkeep", &moved, &other);
     node.until_ready(&app).await;
-    let source = |url: &str| SourceUrl::parse(url).unwrap();
+    let source = |url: &str| MirrorKey::of(&SourceUrl::parse(url).unwrap(), None);
     let uses = [(app.clone(), source(&url))].into();
     assert_eq!(node.mirrors.collect(&uses).await.unwrap(), 0);
     assert!(node.mirror(&url).exists() && node.mirror(&moved).exists());
@@ -910,4 +950,91 @@ async fn history_is_fetched_only_as_far_as_it_is_asked_for() {
     let nowhere = "1".repeat(40);
     let app = node.want_more("web.long", &url, &forced, Some(&nowhere), false);
     assert_eq!(node.refusal(&app).await.0, Reason::RewindRefused);
+}
+
+/// sshd with a user whose key is /srv/ssh/good; /srv/ssh/known is what is to be known of it.
+const START_SSHD: &str = r#"
+mkdir -p /srv/ssh /run/sshd
+cd /srv/ssh
+for key in host good wrong; do ssh-keygen -q -t ed25519 -N '' -f $key; done
+useradd --create-home --shell "$(command -v git-shell)" private
+passwd --quiet --delete private
+cp good.pub authorized
+cat >config <<END
+Port 2222
+HostKey /srv/ssh/host
+AllowUsers private
+AuthorizedKeysFile /srv/ssh/authorized
+PasswordAuthentication no
+UsePAM no
+PidFile none
+StrictModes no
+END
+systemd-run --quiet --unit=sshd-private "$(command -v sshd)" -D -e -f /srv/ssh/config
+until ssh-keyscan -p 2222 127.0.0.1 >known 2>/dev/null && [ -s known ]; do sleep 0.05; done
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_private_repository_is_fetched_with_its_key_by_nobody_else_and_a_new_key_keeps_the_mirror()
+ {
+    in_node!();
+    let node = Node::new(2).await;
+    sh(START_SSHD);
+    let read = |name: &str| fs::read_to_string(format!("/srv/ssh/{name}")).unwrap();
+    let (good, wrong, known) = (read("good"), read("wrong"), read("known"));
+    let (_, first) = repository("private");
+    sh("chown -R private /srv/git/private && git config --system --add safe.directory '*'");
+    let url = "ssh://private@127.0.0.1:2222/srv/git/private";
+
+    let unknown = node.want_privately(
+        "web.unknown",
+        (url, &first),
+        ("0", &good, &known.replace("2222", "2223")),
+    );
+    let (reason, message) = node.failure(&unknown).await;
+    assert_eq!(reason, Reason::HostKeyMismatch);
+    assert!(message.contains("known_hosts of the Secret"), "{message}");
+    let refused = node.want_privately("web.refused", (url, &first), ("1", &wrong, &known));
+    let (reason, message) = node.failure(&refused).await;
+    assert_eq!(reason, Reason::AuthenticationFailed);
+    assert!(!message.contains(&wrong[110..160]), "{message}");
+
+    let app = node.want_privately("web.private", (url, &first), ("2", &good, &known));
+    node.until_ready(&app).await;
+    let mirror = node.ready_mirror(&app);
+    // What was needed for it is gone, and stood in no argument, variable or log.
+    until_gone("/run/kari/git").await;
+    let log = sh("cat /var/lib/kari/mirrors/*.log; journalctl -o cat -u 'kari-fetch*'");
+    assert!(!log.contains(&good[110..160]), "{log}");
+
+    // Another key, the same repository: gone on with, not cloned anew.
+    fs::write(mirror.join("mark"), "").unwrap();
+    sh("cp /srv/ssh/wrong.pub /srv/ssh/authorized");
+    let second = commit("private", "two");
+    sh("chown -R private /srv/git/private");
+    node.want_privately("web.private", (url, &second), ("3", &wrong, &known));
+    node.until_ready(&app).await;
+    let renewed = node.ready_mirror(&app);
+    assert_ne!(renewed, mirror);
+    assert!(renewed.join("mark").exists() && !mirror.exists());
+
+    // Who has no key of his own gets nothing of it, not even with a digest of the same letters.
+    let stranger = node.want_privately("other.private", (url, &second), ("3", &good, &known));
+    assert_eq!(
+        node.failure(&stranger).await.0,
+        Reason::AuthenticationFailed
+    );
+    let public = node.want("other.public", url, &second);
+    let (reason, _) = node.failure(&public).await;
+    assert_eq!(reason, Reason::HostKeyMismatch);
+    assert!(!node.mirror(url).join("mark").exists());
+}
+
+/// Waits until a folder is empty.
+async fn until_gone(folder: &str) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some()) {
+        assert!(Instant::now() < deadline, "{folder} is not empty");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
 }

@@ -15,6 +15,7 @@ use kari::api::names::{NodeName, release_name};
 use kube::api::{Api, DeleteParams, ObjectMeta, Patch, PatchParams, PostParams};
 use kube::{Resource as _, ResourceExt as _};
 use serde_json::{Value, json};
+use support::snapshot::{self, difference};
 use support::{LIMIT, Space, app, folder, is, until};
 
 async fn patch_node(space: &Space, name: &str, patch: Value) {
@@ -65,6 +66,24 @@ async fn files_of(space: &Space, node: &str, name: &str) -> String {
     space
         .on(node, &["sh", "-c", &format!("{script} || true")])
         .await
+}
+
+/// All of a node but the logs of builds, which go when what they are of is not wanted any more.
+async fn without_logs(space: &Space, node: &str) -> Vec<String> {
+    let mut lines = snapshot::of(space, node).await;
+    lines.retain(|line| !line.contains(".shop/logs/"));
+    lines
+}
+
+/// The node is, or soon is, as it was: its agent clears away what is old when it has the time.
+async fn host_is(space: &Space, node: &str, before: &[String]) {
+    until(&format!("{node} is as it was"), LIMIT, || async {
+        match difference(before, &without_logs(space, node).await) {
+            difference if difference.is_empty() => Ok(()),
+            difference => Err(difference),
+        }
+    })
+    .await;
 }
 
 async fn services_of(space: &Space, node: &str, name: &str) -> String {
@@ -251,6 +270,7 @@ async fn nodes_that_are_cordoned_away_or_gone_hold_nobody_up_and_get_the_newest_
         if is_one { Ok(services) } else { Err(services) }
     })
     .await;
+    let host_before = without_logs(&space, "n3").await;
     let nodes: Api<Node> = Api::all(space.client.clone());
     let node = nodes.get("n3").await.expect("the node");
     let deleted = nodes.delete("n3", &DeleteParams::default()).await;
@@ -264,6 +284,7 @@ async fn nodes_that_are_cordoned_away_or_gone_hold_nobody_up_and_get_the_newest_
         })
         .await;
     assert_eq!(space.get("n3", host).await, Ok((200, "four".into())));
+    host_is(&space, "n3", &host_before).await;
     let again = Node {
         metadata: ObjectMeta {
             name: Some("n3".to_owned()),
@@ -287,4 +308,5 @@ async fn nodes_that_are_cordoned_away_or_gone_hold_nobody_up_and_get_the_newest_
         running,
         "restarted when its node came back"
     );
+    host_is(&space, "n3", &host_before).await;
 }

@@ -10,6 +10,9 @@
 #[path = "support/in_node.rs"]
 mod in_node;
 #[allow(dead_code, reason = "other tests use the rest")]
+#[path = "support/tls.rs"]
+mod tls;
+#[allow(dead_code, reason = "other tests use the rest")]
 #[path = "support/traffic.rs"]
 mod traffic;
 
@@ -25,17 +28,19 @@ use axum::body::{Body, Bytes};
 use http_body_util::BodyExt as _;
 use hyper_util::rt::TokioIo;
 use kari::agent::host::proxy::{
-    DRAIN_LIMIT, HostName, OldWorkers, Proxy, ProxyError, ProxySettings, Route, RoutePath,
-    RouteTarget, UNIT, VirtualHost,
+    CertificateId, DRAIN_LIMIT, HostName, OldWorkers, Proxy, ProxyError, ProxySettings, Route,
+    RoutePath, RouteTarget, UNIT, VirtualHost,
 };
 use kari::agent::host::store::{Store, UNIT_FOLDER, UnitFiles};
 use kari::agent::host::systemd::{HostEvent, Systemd};
 use kari::api::names::{AppName, ReleaseId};
+use kari::certificate::ServerCertificate;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use traffic::Traffic;
 
 const HTTP_PORT: u16 = 8080;
+const HTTPS_PORT: u16 = 8443;
 
 /// More than all buffers between an app and a client hold.
 const DOWNLOAD_BYTES: usize = 64 << 20;
@@ -204,7 +209,7 @@ impl Node {
         let (systemd, events) = Systemd::connect(None).await.unwrap();
         let store = Store::open(Path::new("/var/lib/kari")).unwrap();
         let units = UnitFiles::new(Path::new(UNIT_FOLDER));
-        let settings = ProxySettings::of_this_node(HTTP_PORT, "/usr/sbin:/usr/bin").unwrap();
+        let settings = ProxySettings::of_this_node(HTTP_PORT, HTTPS_PORT, "/usr/sbin/nginx".into());
         let proxy = Proxy::new(store.proxy(), units.clone(), systemd.clone(), settings);
         Self {
             systemd,
@@ -235,6 +240,7 @@ fn virtual_host(
             path: RoutePath::parse("/").unwrap(),
             target: RouteTarget::Port { primary, backup },
             probe_path: None,
+            certificate: None,
         }],
     }
 }
@@ -401,9 +407,136 @@ fn upgraded(host: &str) -> TcpStream {
 struct Direct;
 
 impl traffic::Connect for Direct {
-    async fn connect(&self, to: SocketAddr) -> std::io::Result<tokio::net::TcpStream> {
-        tokio::net::TcpStream::connect(to).await
+    type Stream = tokio::net::TcpStream;
+
+    async fn connect(&self, to: SocketAddr) -> std::io::Result<Self::Stream> {
+        let stream = tokio::net::TcpStream::connect(to).await?;
+        stream.set_nodelay(true)?;
+        Ok(stream)
     }
+}
+
+fn with_certificate(mut host: VirtualHost, id: &CertificateId) -> VirtualHost {
+    for route in &mut host.routes {
+        route.certificate = Some(id.clone());
+    }
+    host
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_is_served_and_changed_under_load_without_a_failed_request() {
+    in_node!();
+    let node = &Node::new().await;
+    let _app = App::start("v1", 21500).await;
+    let authority = tls::Authority::new();
+    let names = ["tls.test", "*.tls.test"];
+    let (first, second) = (authority.issue(&names), authority.issue(&names));
+    let app = AppName::parse("web.tls").unwrap();
+    let keep = |digit: &str, issued: &tls::Issued| {
+        let id = CertificateId::parse(&digit.repeat(40)).unwrap();
+        let certificate = ServerCertificate {
+            chain: issued.certificate.clone(),
+            key: issued.key.clone(),
+        };
+        node.proxy
+            .keep_certificate(&app, &id, &certificate)
+            .unwrap();
+        id
+    };
+    let host = virtual_host("web.tls", 1, &names, 21500, None);
+    let missing = CertificateId::parse(&"0".repeat(40)).unwrap();
+    let error = node
+        .proxy
+        .publish(&with_certificate(host.clone(), &missing))
+        .await
+        .unwrap_err();
+    assert!(matches!(error, ProxyError::NoCertificate { .. }), "{error}");
+    let id = keep("a", &first);
+    node.proxy
+        .publish(&with_certificate(host.clone(), &id))
+        .await
+        .unwrap();
+
+    // In the clear to https, but not twice; and nobody else's name is answered for.
+    for method in ["GET", "POST"] {
+        let answer = ask("127.0.0.1", "tls.test", &format!("{method} /x?y=z"));
+        assert!(answer.starts_with("HTTP/1.1 308 "), "{answer}");
+        assert!(
+            answer.contains("\r\nLocation: https://tls.test:8443/x?y=z\r\n"),
+            "{answer}"
+        );
+    }
+    let ended_in_front = "GET / HTTP/1.1\r\nX-Forwarded-Proto: https\r\nHost: tls.test\r\nConnection: close\r\n\r\nGET /x";
+    let answer = ask("127.0.0.1", "tls.test", ended_in_front);
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    let to: SocketAddr = (Ipv4Addr::LOCALHOST, HTTPS_PORT).into();
+    let stranger = tls::Tls::new(Direct, &authority, "other.test");
+    let answer = traffic::get_once(&stranger, to, "tls.test", "/").await;
+    assert!(answer.is_err(), "{answer:?}");
+    let below = tls::Tls::new(Direct, &authority, "a.tls.test");
+    let (status, headers) = traffic::get_once(&below, to, "a.tls.test", "/headers")
+        .await
+        .unwrap();
+    assert_eq!(status, 200);
+    assert!(headers.contains("x-forwarded-proto: https"), "{headers}");
+
+    let client = tls::Tls::new(Direct, &authority, "tls.test");
+    let traffic = Traffic::start(client.clone(), to, "tls.test", 200, 10);
+    until("requests are answered", || async {
+        traffic.tally().good > 100
+    })
+    .await;
+    let id = keep("b", &second);
+    let start = Instant::now();
+    let old = node
+        .proxy
+        .publish(&with_certificate(host.clone(), &id))
+        .await
+        .unwrap();
+    let took = start.elapsed();
+    drain(&node.proxy, old).await;
+    until("the new one is shown", || async {
+        client.shown(&second) >= 10
+    })
+    .await;
+    let seen = traffic.stop().await;
+    println!(
+        "  changed in {} ms: {} good, {} failed, {} on a new connection",
+        took.as_millis(),
+        seen.good,
+        seen.failed.len(),
+        seen.reconnected
+    );
+    assert_eq!(seen.failed, Vec::<String>::new());
+    let files = run("cd /var/lib/kari/proxy/certificates && stat -c '%a %u %n' * | sort");
+    let name = |kind| format!("600 0 web.tls.{}.{kind}", "b".repeat(40));
+    assert_eq!(files.trim(), format!("{}\n{}", name("crt"), name("key")));
+
+    // As after a boot: what is in memory is gone, and no agent brings it back.
+    run(&format!(
+        "systemctl stop {UNIT} && rm -rf /run/kari/proxy /run/private/kari && systemctl start {UNIT}"
+    ));
+    assert_eq!(
+        traffic::get_once(&client, to, "tls.test", "/")
+            .await
+            .unwrap(),
+        (200, "v1".to_owned())
+    );
+    let shown = run("stat -L -c '%a %U' /run/kari/proxy/certificates/*.key");
+    assert_eq!(shown.trim(), "600 kari-proxy");
+
+    // Without it the host is served in the clear, as before; and nothing is left of it.
+    node.proxy.publish(&host).await.unwrap();
+    assert!(ask("127.0.0.1", "tls.test", "GET /").ends_with("\r\n\r\nv1"));
+    assert!(
+        traffic::get_once(&client, to, "tls.test", "/")
+            .await
+            .is_err()
+    );
+    let left =
+        "ls -A /var/lib/kari/proxy/certificates /run/kari/proxy/certificates | grep web.tls || :";
+    assert_eq!(run(left), "");
+    node.proxy.remove(&app).await.unwrap();
 }
 
 /// `SWITCHES=100` for a longer proof.

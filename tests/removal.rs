@@ -13,6 +13,7 @@ use k8s_openapi::api::coordination::v1::Lease;
 use kube::api::{Api, DeleteParams, PropagationPolicy};
 use kube::{Resource as _, ResourceExt as _};
 use serde_json::json;
+use support::snapshot::{self, difference};
 use support::{LIMIT, Space, app, folder, until};
 use tokio::sync::Mutex;
 
@@ -21,35 +22,8 @@ const NODE: &str = "n1";
 /// A snapshot is of the whole node: one test at a time.
 static ALONE: Mutex<()> = Mutex::const_new(());
 
-/// All of a node that an app might leave something in, a line for each thing; logs and the journal left out,
-/// and the folders that the node only shares with the machine.
-const SNAPSHOT: &str = r#"
-find /etc /var /opt /srv /run /tmp /dev \( -path /run/systemd/journal -o -path /var/log -o -path /run/log -o -path /var/lib/apt -o -path /var/cache -o -path "/var/tmp/kari-testbed-*" -o -path /var/lib/kari-testbed \) -prune -o -printf '%p %y %m %U:%G %l\n' 2>/dev/null | grep -v '/var/lib/kari/proxy/.*\.log'
-systemctl list-units --all --plain --no-legend | awk '{print $1, $2, $3, $4}'
-getent passwd; getent group
-ss -Hlntux | awk '{print $1, $5}'
-awk '{print $5, $9}' /proc/self/mountinfo
-find /sys/fs/cgroup -type d
-"#;
-
 async fn snapshot(space: &Space) -> Vec<String> {
-    let text = space.on(NODE, &["sh", "-c", SNAPSHOT]).await;
-    let mut lines: Vec<_> = text.lines().map(str::to_owned).collect();
-    lines.sort();
-    lines.dedup();
-    lines
-}
-
-fn difference(before: &[String], after: &[String]) -> String {
-    let gone = before
-        .iter()
-        .filter(|line| after.binary_search(line).is_err())
-        .map(|line| format!("- {line}\n"));
-    let new = after
-        .iter()
-        .filter(|line| before.binary_search(line).is_err())
-        .map(|line| format!("+ {line}\n"));
-    gone.chain(new).collect()
+    snapshot::of(space, NODE).await
 }
 
 /// The same without the logs of builds: those of a release go when it is not the wanted one any more.

@@ -12,6 +12,13 @@ use kari::api::Deployment;
 use kube::api::{Api, DynamicObject, Patch, PatchParams, PostParams};
 use kube::core::{ApiResource, GroupVersionKind};
 use serde_json::{Value, json};
+use support::gitops::{argo_health, said, write_chart};
+
+/// A namespace in which the schema alone decides, not the policy on sandboxes.
+async fn privileged_space() -> support::Space {
+    let label = [("kari.dev/sandbox", "privileged")];
+    support::Space::labelled(support::control_plane().await, "schema", &label).await
+}
 
 /// A manifest that uses every field, to be broken in one place at a time.
 fn good() -> Value {
@@ -28,6 +35,7 @@ fn good() -> Value {
                 "url": "https://git.example.com/shop.git",
                 "ref": {"branch": "main"},
                 "directory": "services/shop",
+                "secretRef": {"name": "shop-git"},
                 "submodules": true,
                 "allowRewind": false,
                 "intervalSeconds": 60,
@@ -54,7 +62,7 @@ fn good() -> Value {
                 "terminationGracePeriodSeconds": 30,
                 "stateDirectory": true,
                 "sandbox": {"writablePaths": ["/srv/shop"], "addressFamilies": ["AF_INET"], "capabilities": ["CAP_NET_BIND_SERVICE"], "deny": ["JIT"]},
-                "route": {"hosts": ["shop.example.com"], "path": "/shop"},
+                "route": {"hosts": ["shop.example.com"], "path": "/shop", "tls": {"secretName": "shop-tls"}},
             }],
             "strategy": {"switch": "BlueGreen", "maxUnavailable": 1, "minReadySeconds": 10, "progressDeadlineSeconds": 1800},
             "deletionPolicy": "Orphan",
@@ -598,6 +606,33 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
             "route.hosts[0]",
         ),
         (
+            "a route with TLS of no Secret",
+            process("route", json!({"hosts": ["a.test"], "tls": {}})),
+            "route.tls.secretName: Required value",
+        ),
+        (
+            "a route with TLS of a Secret that has no name",
+            process(
+                "route",
+                json!({"hosts": ["a.test"], "tls": {"secretName": "Shop TLS"}}),
+            ),
+            "route.tls.secretName in body should match",
+        ),
+        (
+            "a credential without a name",
+            git("secretRef", json!({})),
+            "git.secretRef.name: Required value",
+        ),
+        (
+            "a credential that would go in the clear",
+            {
+                let mut manifest = git("secretRef", json!({"name": "shop-git"}));
+                manifest["spec"]["source"]["git"]["url"] = json!("http://git.example.com/shop.git");
+                manifest
+            },
+            "secretRef needs an https or ssh url",
+        ),
+        (
             "a route without hosts",
             process("route", json!({"hosts": []})),
             "should have at least 1 items",
@@ -834,7 +869,7 @@ async fn bad_manifests_are_refused_with_a_message_that_says_what_to_change() {
 
 #[tokio::test]
 async fn good_manifests_are_taken_and_read_back() {
-    let space = support::Space::new(support::control_plane().await, "schema").await;
+    let space = privileged_space().await;
     let api = api(space.client.clone(), &space.namespace);
     for (number, (what, mut manifest)) in accepted().into_iter().enumerate() {
         manifest["metadata"]["name"] = json!(format!("good-{number}"));
@@ -857,7 +892,7 @@ async fn good_manifests_are_taken_and_read_back() {
 
 #[tokio::test]
 async fn a_reference_changes_its_kind_by_server_side_apply_and_by_merge() {
-    let space = support::Space::new(support::control_plane().await, "schema").await;
+    let space = privileged_space().await;
     let api = api(space.client.clone(), &space.namespace);
     let parameters = PatchParams::apply("test").force();
     let kinds = [
@@ -912,4 +947,72 @@ async fn strict_create(
         .await
         .map(drop)
         .map_err(|e| e.to_string())
+}
+
+#[tokio::test]
+async fn a_label_of_the_namespace_says_which_exceptions_to_the_jail_are_taken() {
+    let testbed = support::control_plane().await;
+    let none = json!({"deny": ["JIT"], "addressFamilies": ["AF_UNIX", "AF_INET"]});
+    let bind = json!({"capabilities": ["CAP_NET_BIND_SERVICE"]});
+    let wide = json!({"capabilities": ["CAP_NET_ADMIN"], "writablePaths": ["/srv/shop"]});
+    // The label, and which of the three are taken.
+    let table = [
+        (None, [true, true, false]),
+        (Some("restricted"), [true, false, false]),
+        (Some("baseline"), [true, true, false]),
+        (Some("privileged"), [true, true, true]),
+        (Some("privilegd"), [false, false, false]),
+    ];
+    for (level, taken) in table {
+        let labels: Vec<_> = level
+            .map(|level| ("kari.dev/sandbox", level))
+            .into_iter()
+            .collect();
+        let space = support::Space::labelled(testbed, "level", &labels).await;
+        for (sandbox, taken) in [&none, &bind, &wide].into_iter().zip(taken) {
+            let mut manifest = good();
+            manifest["spec"]["processes"][0]["sandbox"] = sandbox.clone();
+            let parameters = PatchParams::apply("test").dry_run();
+            let patch = Patch::Apply(&manifest);
+            let api = api(space.client.clone(), &space.namespace);
+            let answer = api.patch("shop", &parameters, &patch).await;
+            match answer {
+                Ok(_) => assert!(taken, "{level:?} takes {sandbox}"),
+                Err(error) => {
+                    let message = error.to_string();
+                    assert!(!taken, "{level:?} {sandbox}: {message}");
+                    let wanted = match level {
+                        Some("privilegd") => {
+                            "an administrator sets it to restricted, baseline or privileged"
+                        }
+                        Some("restricted") if sandbox == &bind => "to baseline",
+                        Some(_) | None => "to privileged",
+                    };
+                    assert!(message.contains(wanted), "{level:?} {sandbox}: {message}");
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_no_controller_has_seen_is_in_progress_for_helm_and_argo_cd() {
+    let space = privileged_space().await;
+    let chart = support::folder(&[]);
+    write_chart(chart.path(), &good());
+    let path = chart.path().display().to_string();
+    let install = ["install", "shop", &path, "--wait", "--timeout=2s"];
+    let installed = space.run("helm", &install).await;
+    let said = said(&installed);
+    assert!(!installed.status.success(), "{said}");
+    assert!(
+        said.contains("InProgress") && said.contains("not ready"),
+        "{said}"
+    );
+    let deployment = space
+        .deployments()
+        .get("shop")
+        .await
+        .expect("the Deployment");
+    assert_eq!(argo_health(&deployment), "Progressing");
 }

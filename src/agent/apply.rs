@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::host::mirror::{MirrorError, MirrorState};
+use super::host::mirror::{MirrorError, MirrorState, Want};
 use super::host::port::{self, PortError};
 use super::host::proxy::{DRAIN_LIMIT, OldWorkers, ProxyError, VirtualHost};
 use super::host::records::{
@@ -26,8 +26,11 @@ use super::view::{Health, Observed};
 use super::wanted::source_want;
 use crate::api::deployment::Process;
 use crate::api::reasons::{Class, Reason};
-use crate::api::release::Template;
+use crate::api::release::{Purpose, SealedValue, Template};
+use crate::certificate::{CertificateError, ServerCertificate};
+use crate::git_credential::{GitCredential, GitCredentialError};
 use crate::runtime::error_chain;
+use crate::seal::data::{MalformedData, from_bytes};
 use crate::seal::environment::SecretEnvironment;
 
 /// The step of a build, in the names of logs.
@@ -72,6 +75,15 @@ pub enum StepError {
     /// What is secret.
     #[error(transparent)]
     Secret(#[from] SecretError),
+    /// What is secret has another form: the controller is of another version.
+    #[error(transparent)]
+    Data(#[from] MalformedData),
+    /// The repository's credential.
+    #[error("the sealed credential of the repository cannot be used: {0}")]
+    Credential(#[from] GitCredentialError),
+    /// A route's certificate.
+    #[error("the sealed certificate of a route cannot be used: {0}")]
+    Certificate(#[from] CertificateError),
     /// A program that is needed is not there.
     #[error("{program} is not on this node; searched: {searched}")]
     ToolMissing {
@@ -102,7 +114,10 @@ impl StepError {
             | Self::Secret(SecretError::Store(_)) => Reason::DiskPressure,
             Self::Secret(
                 SecretError::Absent { .. } | SecretError::Sealed { .. } | SecretError::Malformed(_),
-            ) => Reason::SealedForOtherKey,
+            )
+            | Self::Data(_)
+            | Self::Credential(_)
+            | Self::Certificate(_) => Reason::SealedForOtherKey,
             Self::Proxy(error) => error.reason(),
             Self::Systemd(SystemdError::BadUnit { .. }) => Reason::BadUnit,
             Self::Unit(_) => Reason::InvalidSpec,
@@ -330,6 +345,21 @@ impl Apply<'_> {
 
     // ---- Build ------------------------------------------------------------
 
+    /// What the repository is read with, opened for its one use.
+    fn git_credential(&self, want: &Want) -> Result<Option<Arc<GitCredential>>, StepError> {
+        let attempt = self.attempt()?;
+        let mut sealed = attempt.wish.sealed.iter();
+        let Some(sealed) = sealed.find(|sealed| sealed.purpose == Purpose::Git) else {
+            return Ok(None);
+        };
+        let app = &self.observed.app;
+        let bytes =
+            self.node
+                .open_secret(app, Carried::from(attempt), Purpose::Git, &sealed.name)?;
+        let credential = GitCredential::parse(want.source.as_str(), &from_bytes(&bytes)?)?;
+        Ok(Some(Arc::new(credential)))
+    }
+
     fn want_commit(&self) -> Result<(), StepError> {
         let applied = self.observed.applied.as_ref();
         self.require_tool("git")?;
@@ -339,7 +369,10 @@ impl Apply<'_> {
             ));
         };
         let memory = self.node.memory(&self.observed.app);
-        self.node.mirrors.want(&self.observed.app, want.clone());
+        let credential = self.git_credential(&want)?;
+        self.node
+            .mirrors
+            .want(&self.observed.app, want.clone(), credential);
         lock(&memory).want = Some(want);
         Ok(())
     }
@@ -719,8 +752,37 @@ impl Apply<'_> {
     // ---- Traffic ----------------------------------------------------------
 
     async fn publish(&self, host: &VirtualHost) -> Result<(), StepError> {
+        self.keep_certificates(host)?;
         let old = self.node.proxy.publish(host).await?;
         self.note_traffic(Some(host.clone()), old);
+        Ok(())
+    }
+
+    /// Writes the certificates of a host that are not on the disk yet. Those that are need no key of the node's.
+    fn keep_certificates(&self, host: &VirtualHost) -> Result<(), StepError> {
+        let app = &self.observed.app;
+        for id in host.certificates() {
+            if self.node.proxy.has_certificate(app, id) {
+                continue;
+            }
+            let attempt = self.observed.attempt.iter().map(Carried::from);
+            let applied = plan::committed(self.observed)
+                .into_iter()
+                .map(Carried::from);
+            let found = attempt.chain(applied).find_map(|carried| {
+                let is_it = |s: &&SealedValue| s.purpose == Purpose::Tls && s.digest == id.as_str();
+                Some((carried, carried.sealed.iter().find(is_it)?))
+            });
+            let Some((carried, sealed)) = found else {
+                // Said by the proxy, which names the host.
+                continue;
+            };
+            let bytes = self
+                .node
+                .open_secret(app, carried, Purpose::Tls, &sealed.name)?;
+            let certificate = ServerCertificate::parse(&from_bytes(&bytes)?)?;
+            self.node.proxy.keep_certificate(app, id, &certificate)?;
+        }
         Ok(())
     }
 

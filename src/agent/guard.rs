@@ -9,13 +9,14 @@ use std::time::Duration;
 use tokio::sync::watch as latest;
 use tracing::{info, warn};
 
-use super::host::mirror::{MirrorError, SourceUrl};
+use super::host::mirror::{MirrorError, MirrorKey, SourceUrl};
 use super::host::proxy;
 use super::host::records::RecordedFailure;
 use super::host::store::{LOG_LIMIT_BYTES, StoreError};
 use super::host::systemd::{ActiveState, UnitState};
 use super::host::unit::{self, OwnUnit};
 use super::node::{Node, lock, monotonic};
+use super::wanted::credential_id;
 use super::{held_apps, note_killed};
 use crate::agent::apply::BUILD_STEP;
 use crate::api::names::{AppName, ReleaseId};
@@ -189,11 +190,20 @@ async fn collect_mirrors(node: &Node) -> Result<(), CollectError> {
     for app in node.store.apps()? {
         let folder = node.store.app(&app);
         let applied = folder.read_applied()?.and_then(|applied| applied.release);
-        let applied = applied.map(|release| release.template.source.url);
-        let tried = folder.read_attempt()?;
-        let tried = tried.map(|attempt| attempt.wish.template.source.url);
-        let urls = applied.into_iter().chain(tried);
-        uses.extend(urls.filter_map(|url| Some((app.clone(), SourceUrl::parse(&url).ok()?))));
+        let applied = applied.map(|release| (release.template.source.url, release.sealed));
+        let tried = folder.read_attempt()?.map(|attempt| attempt.wish);
+        let tried = tried.map(|wish| (wish.template.source.url, wish.sealed));
+        uses.extend(
+            applied
+                .into_iter()
+                .chain(tried)
+                .filter_map(|(url, sealed)| {
+                    let source = SourceUrl::parse(&url).ok()?;
+                    let credential = credential_id(&app, &sealed);
+                    let key = MirrorKey::of(&source, credential.as_ref());
+                    Some((app.clone(), key))
+                }),
+        );
     }
     let dropped = node.mirrors.collect(&uses).await?;
     if dropped > 0 {

@@ -41,8 +41,8 @@ pub struct Memory {
     pub held_up: Option<HeldUp>,
     /// Failures of the surroundings in a row.
     pub failures: u32,
-    /// The status that was written last, and when.
-    pub written: Option<(ReleaseStatus, Duration)>,
+    /// The status that was written last.
+    pub written: Option<Written>,
     /// The status to be written, and whether it tells of an end.
     pub report: Option<(ReleaseStatus, bool)>,
     /// When what nothing refers to was last looked for.
@@ -51,6 +51,17 @@ pub struct Memory {
     pub masks: Option<(Vec<String>, Arc<Masks>)>,
     /// What was drift at the last look that had any, and when that was.
     pub drift: Option<(String, Duration)>,
+}
+
+/// A status that was written.
+#[derive(Debug, Clone)]
+pub struct Written {
+    /// The uid of the Release that it was written to: one that is made anew under its name knows nothing of it.
+    pub uid: String,
+    /// What it says.
+    pub status: ReleaseStatus,
+    /// When.
+    pub at: Duration,
 }
 
 /// A virtual host that is in force.

@@ -12,6 +12,7 @@ use super::apply::{Halt, StepError, apply};
 use super::collect::collect;
 use super::host::proxy::DRAIN_LIMIT;
 use super::host::store::StoreError;
+use super::memory::Written;
 use super::node::{Node, lock, monotonic};
 use super::observe::{ObserveError, observe};
 use super::plan::{Plan, Progress, plan};
@@ -222,9 +223,10 @@ fn report(
         .as_ref()
         .ok()
         .and_then(|release| release.status.as_ref());
+    let uid = release.meta().uid.clone().unwrap_or_default();
     let before = match &memory.written {
-        Some((written, _)) => written.conditions.clone(),
-        None => stands
+        Some(written) if written.uid == uid => written.status.conditions.clone(),
+        Some(_) | None => stands
             .map(|status| status.conditions.clone())
             .unwrap_or_default(),
     };
@@ -268,6 +270,8 @@ pub async fn write_report(node: Arc<Node>, app: AppName) -> Result<Action, Repor
         };
         (told, memory.written.clone(), terminal)
     };
+    let uid = release.meta().uid.clone().unwrap_or_default();
+    let written = written.filter(|written| written.uid == uid);
     let stands = release
         .0
         .as_ref()
@@ -276,23 +280,24 @@ pub async fn write_report(node: Arc<Node>, app: AppName) -> Result<Action, Repor
         .map(own_part);
     let last = written
         .as_ref()
-        .map(|(status, _)| status)
+        .map(|written| &written.status)
         .or(stands.as_ref());
     if last == Some(&told) {
         return Ok(Action::Done);
     }
     let now = monotonic();
-    if let Some((_, at)) = &written
+    if let Some(Written { at, .. }) = written
         && !terminal
-        && now < *at + WRITE_INTERVAL
+        && now < at + WRITE_INTERVAL
     {
-        return Ok(Action::After(*at + WRITE_INTERVAL - now));
+        return Ok(Action::After(at + WRITE_INTERVAL - now));
     }
     let name = release_name(app.name(), &node.name);
     let body = serde_json::json!({
         "apiVersion": format!("{GROUP}/{VERSION}"),
         "kind": "Release",
-        "metadata": {"name": name},
+        // Told of this Release, and not of one that was made anew under its name meanwhile.
+        "metadata": {"name": name, "uid": uid},
         "status": told,
     });
     let api: Api<Release> = Api::namespaced(node.client.clone(), app.namespace());
@@ -302,7 +307,11 @@ pub async fn write_report(node: Arc<Node>, app: AppName) -> Result<Action, Repor
         .await
     {
         Ok(_) => {
-            lock(&memory).written = Some((told, monotonic()));
+            lock(&memory).written = Some(Written {
+                uid,
+                status: told,
+                at: monotonic(),
+            });
             // What was told meanwhile comes next.
             Ok(Action::After(WRITE_INTERVAL))
         }

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use kube::core::DeserializeGuard;
 use kube::{Resource, ResourceExt};
 
-use super::host::mirror::{SourceUrl, Want};
+use super::host::mirror::{CredentialId, SourceUrl, Want};
 use super::host::proxy::{HostName, RoutePath};
 use super::host::records::{AppliedRecord, AttemptRecord, RecordedFailure, Wish};
 use super::view::Wanted;
@@ -14,7 +14,7 @@ use crate::api::Release;
 use crate::api::deployment::DeletionPolicy;
 use crate::api::names::{AppName, Commit, NodeName, ReleaseId, RevisionName, release_name};
 use crate::api::reasons::Reason;
-use crate::api::release::{OnDelete, Template};
+use crate::api::release::{OnDelete, Purpose, SealedValue, Template};
 
 /// The app that a Release on this node is about; nothing for one that is another node's or cannot be told.
 pub fn app_of(object: &DeserializeGuard<Release>, node: &NodeName) -> Option<AppName> {
@@ -125,6 +125,16 @@ pub fn source_want(attempt: &AttemptRecord, applied: Option<&AppliedRecord>) -> 
         commit: commit.clone(),
         base: rewind_base(attempt, applied).cloned(),
         submodules: template.source.submodules,
+        credential: credential_id(&attempt.wish.app, &attempt.wish.sealed),
+    })
+}
+
+/// What a release's repository is read with.
+pub fn credential_id(app: &AppName, sealed: &[SealedValue]) -> Option<CredentialId> {
+    let git = sealed.iter().find(|s| s.purpose == Purpose::Git)?;
+    Some(CredentialId {
+        namespace: app.namespace().to_owned(),
+        digest: git.digest.clone(),
     })
 }
 

@@ -104,7 +104,8 @@ fn default_revision_history_limit() -> u32 {
 #[serde(rename_all = "camelCase")]
 pub struct Placement {
     /// Labels that a node must have. Required; write `{}` to mean every node.
-    #[schemars(extend("maxProperties" = 32))]
+    // Atomic, as in core/v1: merged by server-side apply, a change to `{}` becomes null.
+    #[schemars(extend("maxProperties" = 32, "x-kubernetes-map-type" = "atomic"))]
     #[x_kube(validation = ("self.all(k, k.size() <= 317 && !k.contains(' '))", "nodeSelector has a key that is not a label key"))]
     pub node_selector: BTreeMap<String, LabelValue>,
     /// Further terms, all of which a node must satisfy, as in nodeAffinity.
@@ -170,6 +171,7 @@ pub struct Source {
 /// A git repository and what of it is wanted.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = ("!has(self.secretRef) || !(self.url.startsWith('http://') || self.url.startsWith('git://'))", "secretRef needs an https or ssh url: others send credentials in the clear"))]
 pub struct GitSource {
     /// The repository: `https://host/path`, `ssh://[user@]host[:port]/path` or `user@host:path`.
     /// `http://` and `git://` only where the administrator allows insecure schemes.
@@ -185,6 +187,14 @@ pub struct GitSource {
     #[schemars(length(min = 1, max = 512), regex(pattern = r"^[^\x00-\x1f\x7f]+$"))]
     #[x_kube(validation = ("!self.contains('//') && !self.startsWith('/') && !self.split('/').exists(p, p == '..')", "must be a relative path without '..' parts"))]
     pub directory: Option<String>,
+    /// A Secret with what the repository is read with; without it everybody may read it.
+    ///
+    /// For ssh: `ssh-privatekey` (without a passphrase) and `known_hosts`, which names the server's host keys and is
+    /// required. For https: `username` and `password`, or `bearerToken`; and `caFile` where the server's certificate
+    /// is of an authority of your own. It is for the url's host alone, and is sent to no other by a redirect or a
+    /// submodule. A change of the Secret is used at the next look, and starts nothing anew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<SecretReference>,
     /// Check out the submodules of the commit too, and theirs: at most 256, 8 deep, by https or ssh, and by
     /// http or git only where `url` is of these itself. Relative urls are resolved against the parent's.
     #[serde(default)]
@@ -198,6 +208,18 @@ pub struct GitSource {
     #[serde(default = "default_interval_seconds")]
     #[schemars(range(min = 10, max = 86400))]
     pub interval_seconds: u32,
+}
+
+/// A Secret in the Deployment's namespace.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct SecretReference {
+    /// The Secret's name.
+    #[schemars(
+        length(min = 1, max = 253),
+        regex(pattern = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")
+    )]
+    pub name: String,
 }
 
 /// Force pushes are followed unless the spec says otherwise.
@@ -769,6 +791,23 @@ pub struct Route {
     #[x_kube(validation = ("!self.split('/').exists(p, p == '.' || p == '..')", "must not have '.' or '..' parts"))]
     #[x_kube(validation = ("self != '/.well-known/kari' && !self.startsWith('/.well-known/kari/')", "/.well-known/kari is Kari's own"))]
     pub path: String,
+    /// Serve the hosts by https too, and send requests in the clear there (308), but for those which a proxy in
+    /// front says came by https (`X-Forwarded-Proto`). Routes of one host have the same, or all but one none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<RouteTls>,
+}
+
+/// What a route's hosts are served with by https.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct RouteTls {
+    /// A Secret of type `kubernetes.io/tls` in the Deployment's namespace: `tls.crt`, the server's certificate
+    /// first, and `tls.key`. A change of it is served without a new revision, a restart or a lost request.
+    #[schemars(
+        length(min = 1, max = 253),
+        regex(pattern = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")
+    )]
+    pub secret_name: String,
 }
 
 /// How a new revision replaces the old one, on a node and over the nodes.

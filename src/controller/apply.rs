@@ -74,13 +74,18 @@ pub fn refused(error: kube::Error) -> Refused {
     Refused::Api(Box::new(error))
 }
 
-/// What was carried out.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What was carried out, also where not all of it could be.
+#[derive(Debug, Default)]
 pub struct Applied {
     /// The status was written, and the object has another version for it.
     pub status: bool,
+    /// The Releases that have another version now, by name, with the version that was written over; none
+    /// where there was no such Release.
+    pub releases: Vec<(String, Option<String>)>,
     /// Decisions on Releases were dropped, and are to be taken anew.
     pub dropped: bool,
+    /// Why a Release could not be written.
+    pub failed: Option<Refused>,
 }
 
 /// Carries `plan` out for the Deployment that it was made for.
@@ -94,27 +99,28 @@ pub async fn apply(
         writer.write_revision(step).await?;
     }
     let differs = plan.status != deployment.status;
-    let status = differs && writer.write_status(plan).await? != deployment.resource_version;
-    let mut dropped = false;
-    let mut failed = None;
+    let mut applied = Applied {
+        status: differs && writer.write_status(plan).await? != deployment.resource_version,
+        ..Applied::default()
+    };
     for step in &plan.steps {
         // One Release does not keep the others waiting.
         match writer.write_release(step).await {
-            Ok(()) => {}
-            Err(Refused::Changed) => dropped = true,
+            Ok(Some(over)) => applied.releases.push(over),
+            Ok(None) => {}
+            Err(Refused::Changed) => applied.dropped = true,
             Err(Refused::Gone) if matches!(step, Step::Delete { .. }) => {}
-            Err(error) => failed = Some(error),
+            Err(error) => applied.failed = Some(error),
         }
     }
-    if let Some(error) = failed {
-        return Err(error);
-    }
-    if !dropped {
+    if !applied.dropped && applied.failed.is_none() {
         for revision in &plan.surplus {
-            writer.delete_revision(revision).await?;
+            if let Err(error) = writer.delete_revision(revision).await {
+                applied.failed = Some(error);
+            }
         }
     }
-    Ok(Applied { status, dropped })
+    Ok(applied)
 }
 
 /// Creates a ControllerRevision whose `data` the API server will later find unchanged.
@@ -186,7 +192,11 @@ impl Writer<'_> {
             .map_err(refused)
     }
 
-    async fn write_release(&self, step: &Step) -> Result<(), Refused> {
+    /// Writes a Release, and returns its name with the version that was written over, if it has another now.
+    async fn write_release(
+        &self,
+        step: &Step,
+    ) -> Result<Option<(String, Option<String>)>, Refused> {
         let api: Api<Release> = Api::namespaced(self.client.clone(), &self.deployment.namespace);
         match step {
             Step::Delete {
@@ -195,7 +205,8 @@ impl Writer<'_> {
                 resource_version,
             } => {
                 let params = deletion(uid, resource_version);
-                api.delete(name, &params).await.map(|_| ()).map_err(refused)
+                api.delete(name, &params).await.map_err(refused)?;
+                Ok(Some((name.clone(), Some(resource_version.clone()))))
             }
             Step::Create {
                 name,
@@ -211,10 +222,8 @@ impl Writer<'_> {
                     field_manager: Some(FIELD_MANAGER.to_owned()),
                     ..PostParams::default()
                 };
-                api.create(&params, &release)
-                    .await
-                    .map(|_| ())
-                    .map_err(refused)
+                api.create(&params, &release).await.map_err(refused)?;
+                Ok(Some((name.clone(), None)))
             }
             Step::Update {
                 name,
@@ -228,10 +237,12 @@ impl Writer<'_> {
                 let spec = sealed(&self.deployment.namespace, name, spec, unsealed)?;
                 let body = self.release(name, read, &spec, retry.as_ref());
                 let params = PatchParams::apply(FIELD_MANAGER).force();
-                api.patch(name, &params, &Patch::Apply(&body))
+                let written = api
+                    .patch(name, &params, &Patch::Apply(&body))
                     .await
-                    .map(|_| ())
-                    .map_err(refused)
+                    .map_err(refused)?;
+                let changed = written.resource_version().as_ref() != Some(resource_version);
+                Ok(changed.then(|| (name.clone(), Some(resource_version.clone()))))
             }
         }
     }

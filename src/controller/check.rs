@@ -1,5 +1,7 @@
 //! What a schema cannot say about a spec, checked before anything follows from it. Pure.
 
+use std::collections::BTreeMap;
+
 use crate::api::DeploymentSpec;
 use crate::api::deployment::{EnvVar, GitSource, Process, ResourceLimits};
 use crate::api::reasons::Reason;
@@ -70,11 +72,33 @@ pub fn check(spec: &DeploymentSpec, insecure_source_schemes: bool) -> Result<&Gi
         .and_then(|build| build.resources.as_ref())
         .and_then(|resources| resources.limits.as_ref());
     check_limits(build_limits).map_err(|m| invalid(format!("spec.build.resources.limits.{m}")))?;
+    check_certificates(spec).map_err(invalid)?;
     for process in &spec.processes {
         check_process(process, spec)
             .map_err(|m| invalid(format!("spec.processes[{}].{m}", process.name)))?;
     }
     Ok(source)
+}
+
+/// A host is served with one certificate, whichever process has a path of it.
+fn check_certificates(spec: &DeploymentSpec) -> Result<(), String> {
+    let mut certificates = BTreeMap::new();
+    for process in &spec.processes {
+        let Some(route) = &process.route else {
+            continue;
+        };
+        let Some(tls) = &route.tls else { continue };
+        for host in &route.hosts {
+            let other = certificates.insert(host, &tls.secret_name);
+            if other.is_some_and(|other| *other != tls.secret_name) {
+                return Err(format!(
+                    "spec.processes[{}].route.tls: another process serves {host} with another Secret; a host has one",
+                    process.name
+                ));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn check_limits(limits: Option<&ResourceLimits>) -> Result<(), String> {

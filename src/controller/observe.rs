@@ -29,10 +29,10 @@ use super::observed::{
 };
 use super::placement;
 use super::reach::Leases;
-use super::references::{Contents, Question, References};
+use super::references::{self, Contents, Question, References};
 use super::revision;
-use super::source::Sources;
 use super::source::schedule::Interest;
+use super::source::{Repository, Sources};
 
 /// A cache of objects, each of which may be unreadable.
 pub type Cache<K> = Store<DeserializeGuard<K>>;
@@ -52,6 +52,11 @@ pub struct Caches {
     pub leases: Arc<Mutex<Leases>>,
     epoch: Instant,
 }
+
+/// How long a cache is given to show what was written. A Release that was made and went again between two
+/// looks is never shown; a watch that lags for longer is restarted by its watchdog, and what is planned from
+/// it is refused for its old version.
+const UNSEEN_LIMIT: Duration = Duration::from_secs(60);
 
 /// What there is under a key.
 #[derive(Debug)]
@@ -79,12 +84,36 @@ pub struct Memory {
     gave_back: HashMap<Key, (String, BTreeSet<NodeName>)>,
     /// The version that a status was planned from when this process last wrote one.
     superseded: HashMap<Key, String>,
+    /// The Releases of a Deployment that this process wrote, and which the cache may not show yet.
+    unseen: HashMap<Key, Vec<Unseen>>,
+}
+
+/// A Release that was written.
+#[derive(Debug)]
+struct Unseen {
+    release: Key,
+    /// The version that was written over; none where there was no such Release.
+    over: Option<String>,
+    at: Instant,
 }
 
 impl Memory {
     /// A status was written over this version: a cache that still shows it is behind.
     pub fn wrote_status(&mut self, key: &Key, over: &str) {
         self.superseded.insert(key.clone(), over.to_owned());
+    }
+
+    /// A Release of the Deployment was written over this version, or made where there was none: a cache that
+    /// still shows that is behind, and a slot that was freed by it would be given away twice.
+    pub fn wrote_release(&mut self, key: &Key, name: String, over: Option<String>) {
+        self.unseen.entry(key.clone()).or_default().push(Unseen {
+            release: Key {
+                namespace: key.namespace.clone(),
+                name,
+            },
+            over,
+            at: Instant::now(),
+        });
     }
 
     /// These nodes gave their slot back.
@@ -103,6 +132,7 @@ impl Memory {
     pub fn forget(&mut self, key: &Key) {
         self.gave_back.remove(key);
         self.superseded.remove(key);
+        self.unseen.remove(key);
     }
 
     /// The Release is gone.
@@ -203,9 +233,22 @@ impl Caches {
         if memory.superseded.get(key) == Some(&deployment.resource_version) {
             return Found::Behind;
         }
-        // Asked in any case, so that both go on at once.
-        let lookup = lookup(key, &deployment, sources, insecure_source_schemes);
-        let Some(contents) = contents(key, &deployment, references, insecure_source_schemes) else {
+        if let Some(unseen) = memory.unseen.get_mut(key) {
+            unseen.retain(|unseen| self.is_unseen(unseen));
+            if !unseen.is_empty() {
+                return Found::Behind;
+            }
+        }
+        let contents = contents(key, &deployment, references, insecure_source_schemes);
+        // Asked in any case, so that both go on at once, but for a source that is read with a Secret.
+        let lookup = lookup(
+            key,
+            &deployment,
+            contents.as_ref(),
+            sources,
+            insecure_source_schemes,
+        );
+        let Some(contents) = contents else {
             return Found::Unread;
         };
         Found::Observed(Box::new(Observed {
@@ -216,6 +259,12 @@ impl Caches {
             deployment,
             insecure_source_schemes,
         }))
+    }
+
+    fn is_unseen(&self, unseen: &Unseen) -> bool {
+        let shown = self.releases.get(&reference(&unseen.release));
+        let version = shown.and_then(|release| release.meta().resource_version.clone());
+        version == unseen.over && unseen.at.elapsed() < UNSEEN_LIMIT
     }
 
     fn nodes_of(
@@ -371,6 +420,7 @@ fn observed_deployment(key: &Key, object: &Deployment) -> ObservedDeployment {
 fn lookup(
     key: &Key,
     deployment: &ObservedDeployment,
+    contents: Option<&Contents>,
     sources: &Sources,
     insecure_source_schemes: bool,
 ) -> Lookup {
@@ -388,6 +438,27 @@ fn lookup(
             answered_request: deployment.requested_at.clone(),
         };
     };
+    let credential = match contents {
+        None if source.secret_ref.is_some() => {
+            return Lookup {
+                outcome: Outcome::Pending,
+                answered_request: None,
+            };
+        }
+        None => Ok(None),
+        Some(contents) => references::git_credential(source, contents),
+    };
+    let credential = match credential {
+        Ok(credential) => credential.map(Arc::new),
+        Err(failure) => {
+            // The Secret was looked at, which is all that can be done.
+            sources.forget(key);
+            return Lookup {
+                outcome: Outcome::Failed(failure),
+                answered_request: deployment.requested_at.clone(),
+            };
+        }
+    };
     let known = deployment.status.source.as_ref().is_some_and(|s| {
         s.url == source.url && revision::may_stand_for(source.reference.as_ref(), &s.reference)
     });
@@ -401,7 +472,10 @@ fn lookup(
         .clone()
         .filter(|requested| Some(requested) != handled.as_ref());
     let interest = Interest {
-        url: source.url.clone(),
+        repository: Repository {
+            url: source.url.clone(),
+            credential,
+        },
         reference,
         range: revision::range(source.reference.as_ref()).map(str::to_owned),
         interval: Duration::from_secs(u64::from(source.interval_seconds)),
@@ -446,19 +520,16 @@ mod tests {
 
     use super::*;
     use crate::controller::source::SourceMetrics;
-    use crate::controller::testing::deployment_spec;
+    use crate::controller::testing::{World, deployment_spec};
     use crate::runtime::client::{self, ApiMetrics};
     use crate::runtime::supervise::{Options, ReconcileMetrics, Supervisor};
 
-    #[tokio::test]
-    async fn nothing_is_decided_from_a_cache_that_does_not_show_the_last_status_yet() {
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_decided_from_a_cache_that_does_not_show_the_last_writes_yet() {
         let (store, mut writer): (_, Writer<DeserializeGuard<Deployment>>) = reflector::store();
-        let caches = Caches::new(
-            store,
-            reflector::store().0,
-            reflector::store().0,
-            reflector::store().0,
-        );
+        let (releases, mut release_writer): (_, Writer<DeserializeGuard<Release>>) =
+            reflector::store();
+        let caches = Caches::new(store, releases, reflector::store().0, reflector::store().0);
         let mut registry = Registry::default();
         let metrics = Arc::new(ReconcileMetrics::new(&mut registry));
         let trigger = Supervisor::new("test", Options::default(), metrics).1;
@@ -487,6 +558,28 @@ mod tests {
         memory.wrote_status(&key, "1");
         assert!(matches!(observe(&mut memory), Found::Behind));
         shows("2");
+        assert!(matches!(observe(&mut memory), Found::Observed(_)));
+
+        let spec = World::deployed(1).release("n1").spec.clone();
+        let mut release_shows = |version: &str| {
+            let mut object = Release::new("shop-n1", spec.clone());
+            object.metadata.namespace = Some("web".into());
+            object.metadata.resource_version = Some(version.into());
+            release_writer.apply_watcher_event(&Event::Apply(DeserializeGuard(Ok(object))));
+        };
+        memory.wrote_release(&key, "shop-n1".into(), None);
+        assert!(matches!(observe(&mut memory), Found::Behind));
+        release_shows("3");
+        assert!(matches!(observe(&mut memory), Found::Observed(_)));
+        memory.wrote_release(&key, "shop-n1".into(), Some("3".into()));
+        assert!(matches!(observe(&mut memory), Found::Behind));
+        release_shows("4");
+        assert!(matches!(observe(&mut memory), Found::Observed(_)));
+
+        // Made and gone between two looks.
+        memory.wrote_release(&key, "shop-n2".into(), None);
+        assert!(matches!(observe(&mut memory), Found::Behind));
+        tokio::time::advance(UNSEEN_LIMIT).await;
         assert!(matches!(observe(&mut memory), Found::Observed(_)));
     }
 }

@@ -79,7 +79,14 @@ pub fn plan(observed: &Observed, now: Timestamp) -> Plan {
     let before = &deployment.status;
     let checked = check(&deployment.spec, observed.insecure_source_schemes);
     let source = checked.as_ref().ok().copied();
+    let credentials = references::credentials(&deployment.spec, &observed.contents);
     let environment = references::resolve(&deployment.spec, &observed.contents);
+    let unresolved = environment.as_ref().err().or(credentials.as_ref().err());
+    let environment = match unresolved {
+        Some(failure) => Err(failure.clone()),
+        None => environment,
+    };
+    let credentials = references::known_credentials(&deployment.spec, &observed.contents);
     let data = source.and_then(|source| match &environment {
         Ok(environment) => {
             let (commit, reference) = wanted_commit(observed, source)?;
@@ -94,6 +101,7 @@ pub fn plan(observed: &Observed, now: Timestamp) -> Plan {
         revision: revision::name(&deployment.name, &data, &observed.revisions),
         secrets: SecretValue::env(&data.template, sealed)
             .into_iter()
+            .chain(credentials)
             .collect(),
         data,
     });

@@ -123,14 +123,21 @@ impl Context {
     async fn carry_on(&self, key: &Key, observed: &Observed) -> Result<Action, Refused> {
         let deployment = &observed.deployment;
         let plan = plan(observed, Timestamp::now());
-        let Applied { status, dropped } = match apply(&self.client, deployment, &plan).await {
+        let Applied {
+            status,
+            releases,
+            dropped,
+            failed,
+        } = match apply(&self.client, deployment, &plan).await {
             Ok(applied) => applied,
             Err(error) => {
-                // The status may stand already: what the cache shows is then behind.
                 debug!(%key, "{}", error_chain(&error));
                 return Err(error);
             }
         };
+        for (name, over) in releases {
+            self.memory().wrote_release(key, name, over);
+        }
         for step in &plan.steps {
             match step {
                 rollout::Step::Create { name, spec, .. }
@@ -153,6 +160,10 @@ impl Context {
             self.tell(deployment, &plan.status).await;
         } else if let Some(revision) = &plan.status.revision {
             self.memory().give_back(key, revision, &plan.giving_back);
+        }
+        if let Some(error) = failed {
+            debug!(%key, "{}", error_chain(&error));
+            return Err(error);
         }
         Ok(match plan.look_again {
             _ if dropped => Action::After(CATCH_UP),

@@ -4,10 +4,12 @@
 //! kept of it; nothing follows from a spec before what it refers to was read for this very spec and request. A
 //! read that fails by the API server's fault changes nothing and is made again.
 //!
-//! [`resolve`] (pure) makes a revision's environment of it, [`digests`] the keyed digests that stand for secrets.
+//! [`resolve`] (pure) makes a revision's environment of it, [`credentials`] what sources and routes need, and
+//! [`digests`] the keyed digests that stand for secrets.
 //! Deliberately absent: watching and listing. Whoever reads all of a cluster's secrets to use a few of them is a
 //! risk to the others.
 
+mod credentials;
 pub mod digests;
 mod resolve;
 mod schedule;
@@ -37,6 +39,7 @@ use crate::runtime::supervise::Trigger;
 use crate::seal::SecretBytes;
 
 use super::Key;
+pub use credentials::{credentials, git_credential, known_credentials};
 use digests::{DigestKeys, Digests};
 pub use resolve::{Environment, held, resolve};
 pub use schedule::Question;
@@ -157,6 +160,18 @@ fn wanted(spec: &DeploymentSpec) -> BTreeMap<Object, Keys> {
             .or_insert_with(|| Keys::Some(BTreeSet::new()));
         if let Keys::Some(keys) = keys {
             keys.insert(reference.key.to_owned());
+        }
+    }
+    for (purpose, name, _) in credentials::wanted(spec) {
+        let keys = wanted
+            .entry(Object::secret(name))
+            .or_insert_with(|| Keys::Some(BTreeSet::new()));
+        if let Keys::Some(keys) = keys {
+            keys.extend(
+                credentials::keys_of(purpose)
+                    .iter()
+                    .map(|key| (*key).to_owned()),
+            );
         }
     }
     for whole in spec.env_from.iter().filter_map(WholeReference::of) {
@@ -351,9 +366,10 @@ impl References {
 
     async fn read(self, key: Key, question: Question) {
         let contents = self.read_all(&key, &question.spec).await;
-        let resolved = contents
-            .as_ref()
-            .map(|contents| resolve(&question.spec, contents));
+        let resolved = contents.as_ref().map(|contents| {
+            resolve(&question.spec, contents)?;
+            credentials(&question.spec, contents)
+        });
         if let Some(Err(failure)) = &resolved {
             info!(%key, reason = %failure.reason, "{failure}");
         }

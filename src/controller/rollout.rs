@@ -330,7 +330,11 @@ impl Assign<'_> {
     fn step(&self, node: &ObservedNode) -> Step {
         let deployment = &self.observed.deployment;
         let Wanted { revision, data, .. } = self.wanted;
-        let Sealing { sealed, unsealed } = self.sealing(node);
+        let Sealing {
+            sealed,
+            unsealed,
+            lacks: _,
+        } = self.sealing(node);
         let attempt = node.release.as_ref().map_or(1, |r| r.spec.attempt + 1);
         // A node that serves the revision already keeps its release, and has nothing to do.
         let served = node
@@ -478,7 +482,11 @@ fn give_back(assign: &Assign<'_>, rollout: &mut Rollout) {
                     template.deletion_policy = release.spec.template.deletion_policy;
                     let secrets = assign.wanted.secrets_of(&template);
                     let (key, revision) = (node.key.as_ref(), &serving.revision);
-                    let Sealing { sealed, unsealed } = Sealing::plan(&secrets, key, None, revision);
+                    let Sealing {
+                        sealed,
+                        unsealed,
+                        lacks: _,
+                    } = Sealing::plan(&secrets, key, None, revision);
                     let spec = Box::new(ReleaseSpec {
                         release_id: serving.release_id,
                         attempt: release.spec.attempt + 1,

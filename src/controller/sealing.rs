@@ -19,8 +19,9 @@ pub struct SecretValue {
     pub purpose: Purpose,
     /// Which of those of its purpose.
     pub name: String,
-    /// The keyed digest that stands for it.
-    pub digest: String,
+    /// The keyed digest that stands for it; nothing where it is not known either: what a Release carries of this
+    /// purpose and name stays.
+    pub digest: Option<String>,
     /// The value; nothing where it is not known any more and nodes use what they have kept.
     pub value: Option<SecretBytes>,
 }
@@ -31,13 +32,14 @@ impl SecretValue {
         Some(Self {
             purpose: Purpose::Env,
             name: SEALED_ENV.to_owned(),
-            digest: template.sealed_env_digest()?,
+            digest: Some(template.sealed_env_digest()?),
             value,
         })
     }
 
     fn stands_for(&self, sealed: &SealedValue) -> bool {
-        (self.purpose, &self.name, &self.digest) == (sealed.purpose, &sealed.name, &sealed.digest)
+        let is_value = self.digest.as_ref().is_none_or(|d| *d == sealed.digest);
+        is_value && (self.purpose, &self.name) == (sealed.purpose, &sealed.name)
     }
 }
 
@@ -63,6 +65,8 @@ pub struct Sealing {
     pub sealed: Vec<SealedValue>,
     /// What is to be sealed besides.
     pub unsealed: Vec<Unsealed>,
+    /// Something is neither known nor carried.
+    pub lacks: bool,
 }
 
 impl Sealing {
@@ -83,20 +87,21 @@ impl Sealing {
                     |key: &NodePublicKey| sealed.key_id.as_deref() == Some(key.id().as_str());
                 secret.value.is_none() || key.is_none_or(is_for_key)
             });
-            match (fits, &secret.value, key) {
-                (Some(sealed), _, _) => sealing.sealed.push(sealed.clone()),
-                (None, Some(value), Some(key)) => sealing.unsealed.push(Unsealed {
+            match (fits, &secret.digest, &secret.value, key) {
+                (Some(sealed), _, _, _) => sealing.sealed.push(sealed.clone()),
+                (None, None, _, _) => sealing.lacks = true,
+                (None, Some(digest), Some(value), Some(key)) => sealing.unsealed.push(Unsealed {
                     key: key.clone(),
                     purpose: secret.purpose,
                     name: secret.name.clone(),
-                    digest: secret.digest.clone(),
+                    digest: digest.clone(),
                     value: value.clone(),
                 }),
-                (None, _, _) => sealing.sealed.push(SealedValue::kept(
-                    secret.purpose,
-                    &secret.name,
-                    &secret.digest,
-                )),
+                (None, Some(digest), _, _) => {
+                    sealing
+                        .sealed
+                        .push(SealedValue::kept(secret.purpose, &secret.name, digest))
+                }
             }
         }
         sealing
@@ -117,7 +122,7 @@ impl Sealing {
             serving.is_some_and(|serving| serving.revision == revision)
                 || release.spec.retain.iter().any(|r| r == revision)
         });
-        keeps || self.sealed.iter().all(|sealed| sealed.data.is_some())
+        keeps || (!self.lacks && self.sealed.iter().all(|sealed| sealed.data.is_some()))
     }
 }
 

@@ -1,7 +1,7 @@
 //! Which commit a source's reference stands for: looked up once for all nodes and all Deployments that
-//! use the url, outside reconciling.
+//! use the url with the same credential, outside reconciling.
 //!
-//! Invariants: one look-up per url at a time, a bounded number in all, each bounded in time and size; an
+//! Invariants: one look-up per url and credential at a time, a bounded number in all, each bounded in time and size; an
 //! answer wakes the Deployments whose answer changed, and nothing else does. [`schedule`] decides when,
 //! [`git`] asks, [`listing`] reads the answer.
 //!
@@ -13,6 +13,7 @@ pub mod listing;
 pub mod range;
 pub mod schedule;
 
+use std::hash::{Hash, Hasher};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -28,6 +29,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
+use crate::git_credential::GitCredential;
 use crate::runtime::serve::Heartbeat;
 use crate::runtime::supervise::Trigger;
 
@@ -37,6 +39,40 @@ use schedule::{Due, Interest, Schedule};
 
 /// How often the loop turns at least, for its heartbeat.
 const BEAT: Duration = Duration::from_secs(10);
+
+/// A repository, and with what it is read: another credential may be told something else.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Repository {
+    /// Where it is.
+    pub url: String,
+    /// Nothing: everybody may read it.
+    pub credential: Option<Arc<GitCredential>>,
+}
+
+impl Repository {
+    fn order(&self) -> (&str, Option<&str>) {
+        let digest = self.credential.as_ref().map(|c| c.digest());
+        (&self.url, digest)
+    }
+}
+
+impl Hash for Repository {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.order().hash(state);
+    }
+}
+
+impl PartialOrd for Repository {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Repository {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.order().cmp(&other.order())
+    }
+}
 
 /// The sources that Deployments want. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -62,6 +98,8 @@ pub struct SourceOptions {
     pub insecure_schemes: bool,
     /// An empty folder that is git's home.
     pub home: PathBuf,
+    /// A folder of this process's own for the files of credentials, in memory where the machine has such.
+    pub credentials: PathBuf,
 }
 
 impl Sources {
@@ -133,11 +171,12 @@ impl Sources {
 
     async fn look(self, due: Due, options: SourceOptions) {
         let start = Instant::now();
-        let answer = git::list(&due.url, &due.references, &options).await;
+        let url = &due.repository.url;
+        let answer = git::list(&due.repository, &due.references, &options).await;
         let result = match &answer {
             Ok(_) => "Found",
             Err(LookupFailure { reason, message }) => {
-                info!(url = due.url, %reason, "{message}");
+                info!(url, %reason, "{message}");
                 reason.as_str()
             }
         };
@@ -146,8 +185,8 @@ impl Sources {
         let changed = self
             .shared
             .schedule()
-            .answer(&due.url, answer, now, fastrand::f64());
-        debug!(url = due.url, result, changed = changed.len(), "looked up");
+            .answer(&due.repository, answer, now, fastrand::f64());
+        debug!(url, result, changed = changed.len(), "looked up");
         for key in changed {
             self.shared.wake.wake(key);
         }

@@ -1,6 +1,6 @@
-//! What is in the API server before Kari's parts start: CRDs, RBAC, the
-//! admission policy, Node objects, and a Pod object for each part, to which its
-//! token is bound.
+//! What is in the API server before Kari's parts start: CRDs, the chart's RBAC
+//! and admission policies, Node objects, and a Pod object for each part, to which
+//! its token is bound.
 //!
 //! There is no kubelet: Nodes and Pods are written here and say that they run.
 
@@ -10,7 +10,7 @@ use k8s_openapi::{
     api::{
         authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec},
         coordination::v1::Lease,
-        core::v1::{Node, Pod, ServiceAccount},
+        core::v1::{Namespace, Node, Pod, ServiceAccount},
     },
     apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
 };
@@ -32,8 +32,16 @@ use crate::{
 /// The namespace of Kari's own parts.
 pub const NAMESPACE: &str = "kari-system";
 
-const RBAC: &str = include_str!("../../deploy/rbac.yaml");
-const ADMISSION_POLICY: &str = include_str!("../../deploy/admission-policy.yaml");
+/// The kinds of the chart's objects that say who may do what.
+const RULE_KINDS: [&str; 7] = [
+    "ServiceAccount",
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "Role",
+    "RoleBinding",
+    "ValidatingAdmissionPolicy",
+    "ValidatingAdmissionPolicyBinding",
+];
 
 /// The name by which this crate owns fields.
 const FIELD_MANAGER: &str = "testbed";
@@ -49,7 +57,7 @@ const TOKEN_SECONDS: i64 = 24 * 60 * 60;
 
 /// Applies the CRDs, in one YAML text, and waits until they are served.
 pub async fn apply_crds(client: &Client, crds: &str) -> Result<()> {
-    let names = apply(client, crds).await?;
+    let names = apply(client, &documents(crds)?).await?;
     let api: Api<CustomResourceDefinition> = Api::all(client.clone());
     for name in names {
         until(
@@ -70,10 +78,21 @@ pub async fn apply_crds(client: &Client, crds: &str) -> Result<()> {
     Ok(())
 }
 
-/// Applies Kari's namespace, accounts, roles and admission policy.
-pub async fn apply_rules(client: &Client) -> Result<()> {
-    apply(client, RBAC).await?;
-    apply(client, ADMISSION_POLICY).await.map(drop)
+/// Makes Kari's namespace, and applies the accounts, roles and admission policies of the rendered chart.
+pub async fn apply_rules(client: &Client, chart: &str) -> Result<()> {
+    let namespaces: Api<Namespace> = Api::all(client.clone());
+    write(
+        &namespaces,
+        NAMESPACE,
+        json!({"metadata": {"name": NAMESPACE}}),
+    )
+    .await?;
+    let mut rules = documents(chart)?;
+    rules.retain(|object| {
+        let kind = object.types.as_ref().map(|types| types.kind.as_str());
+        kind.is_some_and(|kind| RULE_KINDS.contains(&kind))
+    });
+    apply(client, &rules).await.map(drop)
 }
 
 /// Writes a node's object and that of its agent's Pod, and a kubeconfig with a
@@ -178,13 +197,20 @@ pub async fn wait_controller_manager(client: &Client, log: impl Fn() -> String) 
     .await
 }
 
-/// Applies each document of a YAML text and returns the names of the objects.
-async fn apply(client: &Client, yaml: &str) -> Result<Vec<String>> {
+/// The objects of a YAML text.
+fn documents(yaml: &str) -> Result<Vec<DynamicObject>> {
+    yaml.split("\n---")
+        .filter_map(|document| {
+            serde_saphyr::from_str::<Option<DynamicObject>>(document).transpose()
+        })
+        .collect::<std::result::Result<_, _>>()
+        .map_err(|error| unreadable("a manifest", &error))
+}
+
+/// Applies objects and returns their names.
+async fn apply(client: &Client, objects: &[DynamicObject]) -> Result<Vec<String>> {
     let mut names = Vec::new();
-    for document in yaml.split("\n---") {
-        let parsed: Option<DynamicObject> =
-            serde_saphyr::from_str(document).map_err(|error| unreadable("a manifest", &error))?;
-        let Some(object) = parsed else { continue };
+    for object in objects {
         let types = object.types.clone().unwrap_or_default();
         let kind =
             GroupVersionKind::try_from(types).map_err(|error| unreadable("a manifest", &error))?;
@@ -197,7 +223,7 @@ async fn apply(client: &Client, yaml: &str) -> Result<Vec<String>> {
         api.patch(
             &name,
             &PatchParams::apply(FIELD_MANAGER).force(),
-            &Patch::Apply(&object),
+            &Patch::Apply(object),
         )
         .await
         .context(|| format!("apply the {} {name}", kind.kind))?;

@@ -12,14 +12,15 @@ use std::{
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::{Api, Client};
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::{
     cluster::NAMESPACE,
     error::{Context, Error, Result},
-    network, node, plane,
+    images, network, node, plane,
     process::{self, Process},
-    program,
+    program::{self, ControlPlane},
     state::{Description, Directory, NodeName, Part, write_file},
     toolchains::{Toolchain, tool_path},
     wait::{Seen, until},
@@ -33,15 +34,79 @@ const READY_LIMIT: Duration = Duration::from_secs(60);
 /// developer's, and apps of tests are small.
 const DISK_RESERVE_MIB: u32 = 512;
 
+/// How long an installation by the chart may take: it needs 10 s.
+const INSTALL_LIMIT: Duration = Duration::from_secs(120);
+
 /// How long `nsenter` may take to have its child.
 const FORK_LIMIT: Duration = Duration::from_secs(5);
 
 /// The most that is read of an answer to a health request, in bytes.
 const ANSWER_LIMIT: u64 = 64 * 1024;
 
+/// The chart's folder, beside this crate's.
+const CHART: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/kari");
+
 /// The text that `kari crd` prints.
 pub fn crds() -> Result<String> {
     process::run(Command::new(program::kari()?).arg("crd"))
+}
+
+/// The chart with which Kari is installed, rendered: its rules are in force in every testbed.
+pub fn chart(plane: &ControlPlane) -> Result<String> {
+    let helm = plane
+        .component("helm")
+        .unwrap_or_else(|| PathBuf::from("helm"));
+    let image = "--set=image.repository=kari.invalid/kari";
+    process::run(
+        Command::new(helm)
+            .args(["template", "kari", CHART, "--no-hooks", image])
+            .arg(format!("--namespace={NAMESPACE}")),
+    )
+}
+
+/// Installs Kari by its chart, as an administrator does, with the image in every
+/// node's runtime already, and waits until all of it is ready.
+pub async fn install(
+    directory: &Directory,
+    description: &Description,
+    plane: &ControlPlane,
+    toolchains: &[Toolchain],
+) -> Result<()> {
+    let (directory, description) = (directory.clone(), description.clone());
+    let helm = plane.required("helm")?;
+    let tool_path = tool_path(toolchains);
+    let work = move || {
+        let image = images::make_kari(directory.path(), images::KARI)?;
+        images::import(&directory, &description, &image.archive)?;
+        let (repository, tag) = images::KARI.split_once(':').unwrap_or_default();
+        let values = json!({
+            "image": {"repository": repository, "tag": tag},
+            "controller": {
+                "insecureSourceSchemes": true, // the git server here speaks plain http
+                "extraArguments": description.controller_arguments,
+            },
+            "agent": {
+                "httpPort": description.addresses.http_port,
+                "toolPath": tool_path,
+                "diskReserveMib": DISK_RESERVE_MIB,
+                "extraArguments": description.agent_arguments,
+            },
+        });
+        let file = directory.join("values.json");
+        write_file(&file, values.to_string().as_bytes())?;
+        let mut command = Command::new(helm);
+        command
+            .args(["install", "kari", CHART, "--create-namespace", "--wait"])
+            .arg(format!("--namespace={NAMESPACE}"))
+            .arg(format!("--timeout={}s", INSTALL_LIMIT.as_secs()))
+            .arg("--values")
+            .arg(&file)
+            .env("KUBECONFIG", directory.kubeconfig());
+        process::run(&mut command).map(drop)
+    };
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Error::State(error.to_string()))?
 }
 
 /// Gives a program files of its own in place of what the machine trusts: `folder program arguments…`.
@@ -139,6 +204,7 @@ pub fn start_agent(
         .arg(format!("--namespace={NAMESPACE}"))
         .arg(format!("--tool-path={}", tool_path(toolchains)))
         .arg(format!("--http-port={}", description.addresses.http_port))
+        .arg(format!("--https-port={}", description.addresses.https_port))
         .arg(format!("--listen={}", description.addresses.agent))
         .arg(format!("--disk-reserve-mib={DISK_RESERVE_MIB}"))
         .args(&description.agent_arguments)

@@ -5,20 +5,24 @@
 //! real systemd in namespaces; git over smart http. Nothing in it is a mock.
 //! There is no daemon: what is up is in the testbed's folder ([`state`]).
 //!
-//! It is deliberately no cluster: there is no kubelet, no scheduler and no
-//! container. Node and Pod objects are written by [`cluster`], for their
-//! identities.
+//! It is deliberately no cluster unless asked for one: there is no kubelet, no
+//! scheduler and no container, and Node and Pod objects are written by
+//! [`cluster`], for their identities. With [`Options::kubelet`] nodes have a
+//! kubelet, containerd and kube-proxy, and Kari is installed by its chart.
 //!
 //! In reading order: [`testbed`] and [`node_handle`] are what callers use,
 //! [`lifecycle`] is how it comes up and goes down. [`state`], [`process`] and
 //! [`wait`] are its ground; [`program`], [`prerequisites`] and [`toolchains`]
 //! are what it finds on the machine; [`network`], [`pki`], [`plane`], [`node`],
-//! [`git`], [`cluster`] and [`kari`] are its parts.
+//! [`git`], [`cluster`] and [`kari`] are its parts; [`kubelet`] and [`images`]
+//! what nodes with a kubelet have beyond that.
 
 pub mod cluster;
 pub mod error;
 pub mod git;
+pub mod images;
 pub mod kari;
+pub mod kubelet;
 pub mod lifecycle;
 pub mod network;
 pub mod node;

@@ -6,16 +6,17 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kube::Client;
 use rustix::process::Signal;
 
 use crate::{
     cluster,
     error::{Context, Error, Result},
-    git, kari, network, node, pki, plane, prerequisites, process,
+    git, images, kari, kubelet, network, node, pki, plane, prerequisites, process,
     program::{self, ControlPlane},
     state::{Description, Directory, MAX_NODES, Network, Part},
     testbed::Options,
-    toolchains,
+    toolchains::{self, Toolchain},
 };
 
 /// How long processes may take to be gone after SIGKILL.
@@ -25,13 +26,14 @@ const DOWN_LIMIT: Duration = Duration::from_secs(20);
 /// it is ready; after a failure nothing is left.
 pub async fn bring_up(directory: &Directory, options: Options) -> Result<Description> {
     check_options(&options)?;
-    prerequisites::ensure()?;
+    prerequisites::ensure(options.kubelet)?;
     let plane = ControlPlane::ensure()?;
     let _lock = claim(directory)?;
     let mut description = Description {
         id: new_id()?,
         network: options.network,
         nodes: options.nodes,
+        kubelet: options.kubelet,
         kari: options.kari,
         controller_arguments: options.controller_arguments,
         agent_arguments: options.agent_arguments,
@@ -82,45 +84,100 @@ async fn start_parts(
         }
     }
     // What asks the machine first, beside what starts.
-    let kari_program = program::kari()?;
-    let crds = tokio::task::spawn_blocking(kari::crds);
     let toolchains = tokio::task::spawn_blocking(toolchains::find);
     network::start(directory, description).await?;
     pki::create(directory, description)?;
     plane::write_kubeconfigs(directory, description)?;
     plane::start_etcd(directory, description, plane)?;
     plane::start_apiserver(directory, description, plane)?;
-    let joined = |error: tokio::task::JoinError| Error::State(error.to_string());
     let toolchains = toolchains.await.map_err(joined)?;
-    for name in description.node_names() {
-        node::create(directory, name, Some(&kari_program), &toolchains)?;
+    if description.kubelet {
+        return start_with_kubelets(directory, description, plane, &toolchains).await;
     }
-    let crds = crds.await.map_err(joined)??;
+    let crds = tokio::task::spawn_blocking(kari::crds);
+    let chart = tokio::task::spawn_blocking({
+        let plane = plane.clone();
+        move || kari::chart(&plane)
+    });
+    let kari_program = program::kari()?;
+    for name in description.node_names() {
+        let binds = vec![(kari_program.clone(), node::KARI_PROGRAM.into())];
+        node::create(directory, name, &toolchains, binds)?;
+    }
     let names = description.node_names();
-    let boots = futures::future::try_join_all(
-        names
-            .iter()
-            .map(|&name| node::boot(directory, description, name)),
-    );
+    let boots = boot_all(directory, description);
     let cluster = async {
         plane::wait_apiserver(directory).await?;
         let client = plane::client(directory).await?;
-        cluster::apply_crds(&client, &crds).await?;
+        cluster::apply_crds(&client, &crds.await.map_err(joined)??).await?;
         plane::start_controller_manager(directory, description, plane)?;
-        cluster::apply_rules(&client).await?;
+        let chart = chart.await.map_err(joined)??;
+        cluster::apply_rules(&client, &chart).await?;
         for &name in &names {
             cluster::add_node(&client, directory, description, name).await?;
         }
         cluster::add_controller(&client, directory, description).await?;
         cluster::wait_admission_policy(&client, names[0]).await?;
-        cluster::wait_controller_manager(&client, || directory.log_tail(Part::ControllerManager))
-            .await
+        wait_controller_manager(directory, &client).await
     };
     futures::future::try_join3(git::start(directory, description), boots, cluster).await?;
     if description.kari {
         kari::start_all(directory, description, &toolchains).await?;
     }
     Ok(())
+}
+
+/// What comes after the API server where nodes have a kubelet: all else is told
+/// the cluster as an administrator would do it, by helm and kubectl.
+async fn start_with_kubelets(
+    directory: &Directory,
+    description: &Description,
+    plane: &ControlPlane,
+    toolchains: &[Toolchain],
+) -> Result<()> {
+    let images = {
+        let directory = directory.clone();
+        tokio::task::spawn_blocking(move || images::make_pause(&directory))
+    };
+    for name in description.node_names() {
+        let binds = kubelet::create(directory, description, plane, name)?;
+        node::create(directory, name, toolchains, binds)?;
+    }
+    git::start(directory, description).await?;
+    plane::wait_apiserver(directory).await?;
+    let client = plane::client(directory).await?;
+    plane::start_controller_manager(directory, description, plane)?;
+    plane::start_scheduler(directory, description, plane)?;
+    plane::start_dns(directory, description, plane)?;
+    // Not before: a kubelet that finds no API server takes its time to try again.
+    boot_all(directory, description).await?;
+    let pause = images.await.map_err(joined)??;
+    images::import(directory, description, &pause)?;
+    for name in description.node_names() {
+        kubelet::wait_ready(&client, directory, name).await?;
+    }
+    plane::wait_dns(directory, description).await?;
+    wait_controller_manager(directory, &client).await?;
+    if description.kari {
+        kari::install(directory, description, plane, toolchains).await?;
+    }
+    Ok(())
+}
+
+async fn boot_all(directory: &Directory, description: &Description) -> Result<()> {
+    let names = description.node_names();
+    let boots = names
+        .iter()
+        .map(|&name| node::boot(directory, description, name));
+    futures::future::try_join_all(boots).await.map(drop)
+}
+
+async fn wait_controller_manager(directory: &Directory, client: &Client) -> Result<()> {
+    cluster::wait_controller_manager(client, || directory.log_tail(Part::ControllerManager)).await
+}
+
+fn joined(error: tokio::task::JoinError) -> Error {
+    Error::State(error.to_string())
 }
 
 /// Ends every process, removes the cgroups and then the folder.
@@ -223,6 +280,11 @@ fn check_options(options: &Options) -> Result<()> {
         return Err(Error::State(
             "the machine's own network has room for one node: use --nodes 1, or --network lab"
                 .to_owned(),
+        ));
+    }
+    if options.network == Network::Host && options.kubelet {
+        return Err(Error::State(
+            "a kubelet would change the machine's own network: use --network lab".to_owned(),
         ));
     }
     Ok(())

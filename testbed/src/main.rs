@@ -10,8 +10,8 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 use rustix::process::Signal;
 use testbed::{
-    Error, Network, Options, Part, Result, Status, Testbed, git, network, node,
-    process::parse_signal, state::Directory,
+    Error, Network, Options, Part, Result, Status, Testbed, git, network, node, prerequisites,
+    process::parse_signal, program, state::Directory,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -36,6 +36,9 @@ enum Verb {
         /// lab: a network of their own with no way out; host: this machine's, with one node, for builds that fetch packages
         #[arg(long, default_value = "lab")]
         network: Network,
+        /// Nodes with a kubelet, containerd and kube-proxy, in a cluster with DNS; Kari is installed there by its chart
+        #[arg(long)]
+        kubelet: bool,
         /// Stop before Kari's controller and agents
         #[arg(long)]
         no_kari: bool,
@@ -45,6 +48,12 @@ enum Verb {
         /// A further argument of each `kari agent` (can be repeated)
         #[arg(long, value_name = "ARGUMENT", allow_hyphen_values = true)]
         agent_argument: Vec<String>,
+    },
+    /// Install what a testbed needs of this machine, or say what is missing; `up` does it, too
+    Prerequisites {
+        /// And what nodes with a kubelet need
+        #[arg(long)]
+        kubelet: bool,
     },
     /// Show each part: process, address, state, log file
     Status {
@@ -88,7 +97,7 @@ enum Verb {
     Kill {
         #[command(flatten)]
         folder: Folder,
-        /// controller, agent/nX, node/nX, apiserver, controller-manager, etcd or git
+        /// controller, agent/nX, node/nX, apiserver, controller-manager, etcd, git; with --kubelet scheduler, dns
         part: Part,
         /// HUP, INT, QUIT, KILL, USR1, USR2, TERM, CONT or STOP [default: TERM for the controller and agents, KILL for all else]
         #[arg(long, value_parser = parse_signal)]
@@ -98,8 +107,16 @@ enum Verb {
     Start {
         #[command(flatten)]
         folder: Folder,
-        /// controller, agent/nX, node/nX, apiserver, controller-manager, etcd or git
+        /// controller, agent/nX, node/nX, apiserver, controller-manager, etcd, git; with --kubelet scheduler, dns
         part: Part,
+    },
+    /// Import an image archive into every node with a kubelet
+    LoadImage {
+        #[command(flatten)]
+        folder: Folder,
+        /// The archive, of OCI or of Docker
+        #[arg(value_name = "ARCHIVE")]
+        archive: PathBuf,
     },
     /// Print what a part has logged; of a node that runs, its journal
     Logs {
@@ -107,6 +124,11 @@ enum Verb {
         folder: Folder,
         /// The part
         part: Part,
+    },
+    /// Print where a program of the control plane is, built where that was not done yet: helm, kubectl, …
+    Program {
+        /// Its name
+        name: String,
     },
     /// Take all down: no process, cgroup, mount or file is left
     Down {
@@ -177,6 +199,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
             folder,
             nodes,
             network,
+            kubelet,
             no_kari,
             controller_argument,
             agent_argument,
@@ -185,12 +208,14 @@ fn run(verb: Verb) -> Result<ExitCode> {
                 directory: Some(folder.path()),
                 nodes,
                 network,
+                kubelet,
                 kari: !no_kari,
                 controller_arguments: controller_argument,
                 agent_arguments: agent_argument,
             };
             return block_on(up(&folder.path(), options));
         }
+        Verb::Prerequisites { kubelet } => prerequisites::ensure(kubelet)?,
         Verb::Status { folder, json } => {
             let testbed = folder.attach()?;
             let statuses = block_on(testbed.status())?;
@@ -233,13 +258,20 @@ fn run(verb: Verb) -> Result<ExitCode> {
                 | Part::Etcd
                 | Part::Apiserver
                 | Part::ControllerManager
+                | Part::Scheduler
+                | Part::Dns
                 | Part::Git
                 | Part::Node(_) => Signal::KILL,
             };
             block_on(folder.attach()?.kill(part, signal.unwrap_or(ends)))?;
         }
         Verb::Start { folder, part } => block_on(folder.attach()?.start(part))?,
+        Verb::LoadImage { folder, archive } => folder.attach()?.load_image(&archive)?,
         Verb::Logs { folder, part } => print(&folder.attach()?.logs(part)?)?,
+        Verb::Program { name } => {
+            let path = program::ControlPlane::ensure()?.required(&name)?;
+            print(&format!("{}\n", path.display()))?;
+        }
         Verb::Down { folder } => Testbed::down(&folder.path())?,
         Verb::Forward {
             namespace,

@@ -50,6 +50,7 @@ pub fn choose_addresses(network: Network) -> Result<Addresses> {
             controller: at(8080),
             agent: SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8081),
             http_port: 80,
+            https_port: 443,
         }),
         Network::Host => {
             // All are held until all are chosen, so that they differ.
@@ -73,6 +74,7 @@ pub fn choose_addresses(network: Network) -> Result<Addresses> {
                 controller: free()?,
                 agent: free()?,
                 http_port: free()?.port(),
+                https_port: free()?.port(),
             })
         }
     }
@@ -252,11 +254,21 @@ async fn start_lab(directory: &Directory, description: &Description) -> Result<(
         },
     )
     .await?;
-    let mut command = command(Some(&namespace_of(lab)), Path::new("sh"));
-    let address = format!(
-        "ip link set lo up && ip link add br0 type bridge && ip link set br0 up && ip addr add {GATEWAY}/24 dev br0"
+    let mut script = format!(
+        "ip link set lo up; ip link add br0 type bridge; ip link set br0 up; ip addr add {GATEWAY}/24 dev br0\n"
     );
-    process::run(command.args(["-c", &address])).map(drop)
+    if description.kubelet {
+        script.push_str("echo 1 >/proc/sys/net/ipv4/ip_forward\n");
+        for name in description.node_names() {
+            let (pods, node) = (
+                description.pod_network(name),
+                description.node_address(name),
+            );
+            script.push_str(&format!("ip route add {pods} via {node}\n"));
+        }
+    }
+    let mut command = command(Some(&namespace_of(lab)), Path::new("sh"));
+    process::run(command.args(["-euc", &script])).map(drop)
 }
 
 async fn start_forwarder(directory: &Directory, description: &Description) -> Result<()> {

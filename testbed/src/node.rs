@@ -69,12 +69,13 @@ pub fn check_file_system(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Makes the folders of a node, before its first boot.
+/// Makes the folders of a node, before its first boot, in which the files and
+/// folders of `binds` are shown at the second path of each.
 pub fn create(
     directory: &Directory,
     name: NodeName,
-    kari: Option<&Path>,
     toolchains: &[Toolchain],
+    mut binds: Vec<(PathBuf, PathBuf)>,
 ) -> Result<()> {
     let folder = directory.node(name);
     for path in ["upper", "work", "root", "kari", "credentials"] {
@@ -86,13 +87,11 @@ pub fn create(
         fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755))
             .context(|| format!("open the folder {} for all", path.display()))?;
     }
-    let mut binds: Vec<(PathBuf, PathBuf)> = toolchains
-        .iter()
-        .map(|toolchain| (toolchain.source.clone(), toolchain.target()))
-        .collect();
-    if let Some(kari) = kari {
-        binds.push((kari.to_owned(), KARI_PROGRAM.into()));
-    }
+    binds.extend(
+        toolchains
+            .iter()
+            .map(|toolchain| (toolchain.source.clone(), toolchain.target())),
+    );
     let text: String = binds
         .iter()
         .map(|(source, target)| format!("{}\t{}\n", source.display(), target.display()))
@@ -136,6 +135,14 @@ pub async fn boot(directory: &Directory, description: &Description, name: NodeNa
         .env(
             "NODE_ADDRESS",
             format!("{}/24", description.node_address(name)),
+        )
+        .env(
+            "NODE_GATEWAY",
+            if description.kubelet {
+                network::GATEWAY.to_string()
+            } else {
+                String::new()
+            },
         )
         .env("LAB_NETNS", namespace.unwrap_or_default());
     let launcher = process::start(&command, &description.id, &directory.log(part))?;

@@ -9,6 +9,7 @@
 #   NODE_LIBRARIES    file with a folder of shared libraries a line, as the node sees it
 #   LAB_NETNS         the lab's network namespace; empty: the machine's network is shared
 #   NODE_ADDRESS      address and prefix length in the lab
+#   NODE_GATEWAY      of a node with a kubelet: the lab's address, by which it reaches the others' Pods; else empty
 #   KARI_TESTBED      id of the testbed, kept in the environment of PID 1
 set -euo pipefail
 
@@ -77,6 +78,10 @@ link set lo up
 addr add $NODE_ADDRESS dev eth0
 link set eth0 up
 BATCH
+  if [ -n "$NODE_GATEWAY" ]; then
+    ip route add default via "$NODE_GATEWAY"
+    echo 1 >/proc/sys/net/ipv4/ip_forward
+  fi
 }
 
 read_only() { mount --bind "$1" "$1" && mount -o remount,bind,ro "$1"; }
@@ -151,6 +156,28 @@ mount_own() {
   done <"$NODE_BINDS"
 }
 
+# What a kubelet and a container runtime need of a machine. Their folders are on
+# a real file system, as an overlay takes no other overlay's layers, and stay
+# over a reboot. Their units are in /run: /etc/systemd/system is Kari's to look after.
+prepare_for_kubelet() {
+  local root=$1 folder setting
+  for folder in containerd kubelet; do
+    mkdir -p "$root/var/lib/$folder"
+    mount --bind "$NODE_DIR/$folder" "$root/var/lib/$folder"
+    mount -o remount,bind,exec,suid,dev "$root/var/lib/$folder"
+  done
+  ln -s null "$root/dev/kmsg" # it must open; the kernel's own lines are the machine's
+  # It insists on these and may not write them: it is shown them, the machine keeps its own.
+  for setting in vm/overcommit_memory=1 kernel/panic=10 kernel/panic_on_oops=1; do
+    folder=$root/run/.sysctl/${setting%/*}
+    mkdir -p "$folder"
+    echo "${setting#*=}" >"$root/run/.sysctl/${setting%=*}"
+    mount --bind "$root/run/.sysctl/${setting%=*}" "$root/proc/sys/${setting%=*}"
+  done
+  mkdir -p "$root/run/systemd"
+  cp -a "$NODE_DIR/kubelet.conf/units" "$root/run/systemd/system"
+}
+
 # A program that was told where its libraries are finds them where they are bound.
 add_libraries() {
   [ -s "$NODE_LIBRARIES" ] || return 0
@@ -206,6 +233,7 @@ boot() {
   mount_root "$root"
   [ -e "$NODE_DIR/prepared" ] || prepare_system "$root"
   mount_own "$root"
+  [ -z "$NODE_GATEWAY" ] || prepare_for_kubelet "$root"
   [ -e "$NODE_DIR/prepared" ] || add_libraries "$root"
   : >"$NODE_DIR/prepared"
   mkdir "$root/run/.old"

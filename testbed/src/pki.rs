@@ -39,13 +39,45 @@ pub fn create(directory: &Directory, description: &Description) -> Result<()> {
         SERVICE_ADDRESS,
     ];
     authority.issue(directory, "apiserver", "kube-apiserver", None, &addresses)?;
-    authority.issue(directory, "admin", "admin", Some("system:masters"), &[])
+    authority.issue(directory, "admin", "admin", Some("system:masters"), &[])?;
+    if description.kubelet {
+        issue_for_kubelets(&authority, directory, description)?;
+    }
+    Ok(())
 }
+
+/// What the API server shows to kubelets, kube-proxies to it, and each kubelet
+/// to both.
+fn issue_for_kubelets(
+    authority: &Authority,
+    directory: &Directory,
+    description: &Description,
+) -> Result<()> {
+    let masters = Some("system:masters");
+    authority.issue(
+        directory,
+        "kubelet-client",
+        "apiserver-kubelet-client",
+        masters,
+        &[],
+    )?;
+    authority.issue(directory, "kube-proxy", "system:kube-proxy", None, &[])?;
+    for name in description.node_names() {
+        let user = format!("system:node:{name}");
+        let addresses = [description.node_address(name)];
+        let group = Some("system:nodes");
+        authority.issue(directory, &name.to_string(), &user, group, &addresses)?;
+    }
+    Ok(())
+}
+
+/// The name of the one context of each kubeconfig.
+pub const CONTEXT: &str = "testbed";
 
 /// How a kubeconfig's user proves who it is.
 pub enum Credentials<'a> {
-    /// By the administrator's certificate.
-    Administrator,
+    /// By a certificate of the folder `pki`, without `.crt`: `admin` is the administrator's.
+    Certificate(&'a str),
     /// By a token in a file, which is read anew while it is used.
     TokenFile(&'a Path),
 }
@@ -63,19 +95,19 @@ pub fn kubeconfig(
             .context(|| format!("read {}", path.display()))
     };
     let user = match credentials {
-        Credentials::Administrator => format!(
+        Credentials::Certificate(name) => format!(
             "client-certificate-data: {}\n    client-key-data: {}",
-            read("admin.crt")?,
-            read("admin.key")?
+            read(&format!("{name}.crt"))?,
+            read(&format!("{name}.key"))?
         ),
         Credentials::TokenFile(path) => format!("tokenFile: {}", path.display()),
     };
     Ok(format!(
         "apiVersion: v1
 kind: Config
-current-context: testbed
+current-context: {CONTEXT}
 contexts:
-- name: testbed
+- name: {CONTEXT}
   context: {{cluster: testbed, user: testbed}}
 clusters:
 - name: testbed

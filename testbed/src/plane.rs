@@ -1,7 +1,8 @@
-//! The control plane: etcd, kube-apiserver and kube-controller-manager, each
-//! its own process that can be killed and started again alone.
+//! The control plane: etcd, kube-apiserver and kube-controller-manager, and
+//! where nodes have a kubelet kube-scheduler and CoreDNS. Each is its own
+//! process that can be killed and started again alone.
 
-use std::{path::Path, process::Command, time::Duration};
+use std::{net::SocketAddrV4, path::Path, process::Command, time::Duration};
 
 use kube::{
     Client, Config,
@@ -21,6 +22,15 @@ use crate::{
 /// How long the API server may take, on a busy machine too: it needs 3 s.
 const APISERVER_LIMIT: Duration = Duration::from_secs(60);
 
+/// How long CoreDNS may take: it waits 5 s for the API server's first lists.
+const DNS_LIMIT: Duration = Duration::from_secs(30);
+
+/// Where kube-scheduler answers health requests.
+pub const SCHEDULER: SocketAddrV4 = SocketAddrV4::new(network::GATEWAY, 10259);
+
+/// Where the cluster's DNS answers, to Pods too: it is no Service.
+pub const DNS: SocketAddrV4 = SocketAddrV4::new(network::GATEWAY, 53);
+
 /// Writes the administrator's kubeconfigs: for the machine, and for the lab.
 pub fn write_kubeconfigs(directory: &Directory, description: &Description) -> Result<()> {
     let address = description.addresses.apiserver;
@@ -29,7 +39,11 @@ pub fn write_kubeconfigs(directory: &Directory, description: &Description) -> Re
         (directory.kubeconfig(), near),
         (directory.pki("lab.kubeconfig"), address),
     ] {
-        let text = pki::kubeconfig(directory, &server.to_string(), &Credentials::Administrator)?;
+        let text = pki::kubeconfig(
+            directory,
+            &server.to_string(),
+            &Credentials::Certificate("admin"),
+        )?;
         write_file(&path, text.as_bytes())?;
     }
     Ok(())
@@ -107,6 +121,18 @@ pub fn start_apiserver(
         // Endpoints may not name a loopback address, and nobody asks for them here.
         Network::Host => arguments.push("--endpoint-reconciler-type=none".to_owned()),
     }
+    if description.kubelet {
+        arguments.extend([
+            // For logs, exec and what else goes through the API server to a node.
+            format!(
+                "--kubelet-client-certificate={}",
+                file("kubelet-client.crt")
+            ),
+            format!("--kubelet-client-key={}", file("kubelet-client.key")),
+            format!("--kubelet-certificate-authority={}", file("ca.crt")),
+            "--kubelet-preferred-address-types=InternalIP".to_owned(),
+        ]);
+    }
     let program = plane.required("kube-apiserver")?;
     start(
         directory,
@@ -144,7 +170,7 @@ pub async fn wait_apiserver(directory: &Directory) -> Result<()> {
 }
 
 /// Starts kube-controller-manager, where there is one. Its garbage collector
-/// learns the kinds of objects when it starts, so the CRDs come before it.
+/// learns the kinds of objects when it starts, so CRDs that are known come before it.
 pub fn start_controller_manager(
     directory: &Directory,
     description: &Description,
@@ -153,25 +179,18 @@ pub fn start_controller_manager(
     let Some(program) = plane.component("kube-controller-manager") else {
         return Ok(());
     };
-    let address = description.addresses.controller_manager;
-    let kubeconfig = directory.pki("lab.kubeconfig").display().to_string();
-    let arguments = [
-        format!("--kubeconfig={kubeconfig}"),
-        format!("--authentication-kubeconfig={kubeconfig}"),
-        format!("--authorization-kubeconfig={kubeconfig}"),
-        format!("--bind-address={}", address.ip()),
-        format!("--secure-port={}", address.port()),
-        "--leader-elect=false".to_owned(),
-        // There is no kubelet: nodes would be found dead and tainted.
-        "--controllers=*,-node-lifecycle-controller".to_owned(),
-        "--kube-api-qps=500".to_owned(),
-        "--kube-api-burst=1000".to_owned(),
+    let mut arguments = manager_arguments(directory, description.addresses.controller_manager);
+    arguments.extend([
         format!("--root-ca-file={}", directory.pki("ca.crt").display()),
         format!(
             "--service-account-private-key-file={}",
             directory.pki("tokens.key").display()
         ),
-    ];
+    ]);
+    if !description.kubelet {
+        // Nobody renews the Nodes' Leases: they would be found dead and tainted.
+        arguments.push("--controllers=*,-node-lifecycle-controller".to_owned());
+    }
     start(
         directory,
         description,
@@ -180,6 +199,90 @@ pub fn start_controller_manager(
         &arguments,
     )
     .map(drop)
+}
+
+/// Starts kube-scheduler, without which not even a DaemonSet has Pods.
+pub fn start_scheduler(
+    directory: &Directory,
+    description: &Description,
+    plane: &ControlPlane,
+) -> Result<()> {
+    start(
+        directory,
+        description,
+        Part::Scheduler,
+        &plane.required("kube-scheduler")?,
+        &manager_arguments(directory, SCHEDULER),
+    )
+    .map(drop)
+}
+
+/// Starts CoreDNS.
+pub fn start_dns(
+    directory: &Directory,
+    description: &Description,
+    plane: &ControlPlane,
+) -> Result<()> {
+    let corefile = format!(
+        ".:{} {{
+    bind {}
+    errors
+    kubernetes cluster.local in-addr.arpa {{
+        kubeconfig {} {}
+    }}
+}}
+",
+        DNS.port(),
+        DNS.ip(),
+        directory.pki("lab.kubeconfig").display(),
+        pki::CONTEXT,
+    );
+    let path = directory.join("Corefile");
+    write_file(&path, corefile.as_bytes())?;
+    start(
+        directory,
+        description,
+        Part::Dns,
+        &plane.required("coredns")?,
+        &[path.display().to_string()],
+    )
+    .map(drop)
+}
+
+/// Waits until the cluster's DNS takes questions.
+pub async fn wait_dns(directory: &Directory, description: &Description) -> Result<()> {
+    let namespace = network::namespace(directory, description)?;
+    let process = directory.process(Part::Dns)?;
+    until(
+        "the cluster's DNS does not answer",
+        DNS_LIMIT,
+        || directory.log_tail(Part::Dns),
+        async || {
+            if !process.is_some_and(Process::is_alive) {
+                return Seen::Never("its process ended".to_owned());
+            }
+            match network::connect(namespace.clone(), DNS).await {
+                Ok(_) => Seen::Ready(()),
+                Err(error) => Seen::NotYet(error.to_string()),
+            }
+        },
+    )
+    .await
+}
+
+/// What kube-controller-manager and kube-scheduler are told alike.
+fn manager_arguments(directory: &Directory, address: SocketAddrV4) -> Vec<String> {
+    let kubeconfig = directory.pki("lab.kubeconfig").display().to_string();
+    vec![
+        format!("--kubeconfig={kubeconfig}"),
+        format!("--authentication-kubeconfig={kubeconfig}"),
+        format!("--authorization-kubeconfig={kubeconfig}"),
+        format!("--bind-address={}", address.ip()),
+        format!("--secure-port={}", address.port()),
+        "--leader-elect=false".to_owned(),
+        "--kube-api-qps=500".to_owned(),
+        "--kube-api-burst=1000".to_owned(),
+    ]
 }
 
 fn start(

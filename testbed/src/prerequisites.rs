@@ -29,11 +29,22 @@ const NEEDED: [(&str, &str); 14] = [
     ("libnss_systemd.so.2", "libnss-systemd"),
 ];
 
+/// What nodes with a kubelet need beyond that.
+const NEEDED_BY_KUBELET: [(&str, &str); 6] = [
+    ("/usr/lib/cni/bridge", "containernetworking-plugins"),
+    ("cc", "gcc"),
+    ("containerd", "containerd"),
+    ("iptables", "iptables"),
+    ("python3", "python3"),
+    ("runc", "runc"),
+];
+
 /// Held while packages are installed.
 const LOCK: &str = "/run/lock/kari-testbed-install";
 
 /// Packages that enable a service, which nobody asked for here.
-const SERVICES: [(&str, &str); 2] = [
+const SERVICES: [(&str, &str); 3] = [
+    ("containerd", "containerd.service"),
     ("nginx-light", "nginx.service"),
     ("openssh-server", "ssh.service"),
 ];
@@ -42,20 +53,20 @@ const SERVICES: [(&str, &str); 2] = [
 const POLICY: &str = "/usr/sbin/policy-rc.d";
 
 /// Checks that everything is there; on Debian and Ubuntu installs what is not.
-pub fn ensure() -> Result<()> {
+pub fn ensure(kubelet: bool) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         return Err(Error::Missing(
             "a testbed makes namespaces, mounts and cgroups: run it as root".to_owned(),
         ));
     }
-    if missing().is_empty() {
+    if missing(kubelet).is_empty() {
         return Ok(());
     }
     // One at a time: a second one finds what the first has installed.
     let lock = fs::File::create(LOCK).context(|| format!("create {LOCK}"))?;
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)
         .context(|| format!("lock {LOCK}"))?;
-    let missing = missing();
+    let missing = missing(kubelet);
     if missing.is_empty() {
         return Ok(());
     }
@@ -73,7 +84,10 @@ pub fn ensure() -> Result<()> {
     packages.sort_unstable();
     packages.dedup();
     install(&packages)?;
-    let left: Vec<&str> = self::missing().iter().map(|(name, _)| *name).collect();
+    let left: Vec<&str> = self::missing(kubelet)
+        .iter()
+        .map(|(name, _)| *name)
+        .collect();
     if left.is_empty() {
         return Ok(());
     }
@@ -84,9 +98,12 @@ pub fn ensure() -> Result<()> {
     )))
 }
 
-fn missing() -> Vec<(&'static str, &'static str)> {
+fn missing(kubelet: bool) -> Vec<(&'static str, &'static str)> {
+    let more: &[_] = if kubelet { &NEEDED_BY_KUBELET } else { &[] };
     NEEDED
-        .into_iter()
+        .iter()
+        .chain(more)
+        .copied()
         .filter(|(name, _)| !is_there(name))
         .collect()
 }

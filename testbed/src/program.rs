@@ -29,7 +29,7 @@ const LINKER_FLAGS: &str = "-s -w \
     -X k8s.io/component-base/version.gitMinor=37";
 
 /// The names that the program answers to.
-const COMPONENTS: [&str; 8] = [
+const COMPONENTS: [&str; 9] = [
     "etcd",
     "kube-apiserver",
     "kube-controller-manager",
@@ -38,6 +38,7 @@ const COMPONENTS: [&str; 8] = [
     "kube-proxy",
     "kubectl",
     "helm",
+    "coredns",
 ];
 
 /// Where the components of the control plane are.

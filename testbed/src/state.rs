@@ -10,6 +10,7 @@
 //! pki/ etcd/ git/
 //! controller/           credentials of Kari's controller
 //! nodes/nX/             overlay layers, /var/lib/kari and the agent's credentials of a node
+//! images/               what was made to be imported into nodes with a kubelet
 //! ```
 
 use std::{
@@ -89,6 +90,10 @@ pub enum Part {
     Apiserver,
     /// kube-controller-manager.
     ControllerManager,
+    /// kube-scheduler, where nodes have a kubelet.
+    Scheduler,
+    /// The cluster's DNS, where nodes have a kubelet.
+    Dns,
     /// The git server.
     Git,
     /// Kari's controller.
@@ -114,6 +119,8 @@ impl fmt::Display for Part {
             Self::Etcd => formatter.write_str("etcd"),
             Self::Apiserver => formatter.write_str("apiserver"),
             Self::ControllerManager => formatter.write_str("controller-manager"),
+            Self::Scheduler => formatter.write_str("scheduler"),
+            Self::Dns => formatter.write_str("dns"),
             Self::Git => formatter.write_str("git"),
             Self::Controller => formatter.write_str("controller"),
             Self::Node(name) => write!(formatter, "node/{name}"),
@@ -132,12 +139,14 @@ impl FromStr for Part {
             ("etcd", _) => Ok(Self::Etcd),
             ("apiserver", _) => Ok(Self::Apiserver),
             ("controller-manager", _) => Ok(Self::ControllerManager),
+            ("scheduler", _) => Ok(Self::Scheduler),
+            ("dns", _) => Ok(Self::Dns),
             ("git", _) => Ok(Self::Git),
             ("controller", _) => Ok(Self::Controller),
             (_, Some(("node", name))) => name.parse().map(Self::Node),
             (_, Some(("agent", name))) => name.parse().map(Self::Agent),
             _ => Err(format!(
-                "{text:?} is no part: use controller, agent/nX, node/nX, apiserver, controller-manager, etcd, git, forwarder or lab"
+                "{text:?} is no part: use controller, agent/nX, node/nX, apiserver, controller-manager, etcd, git, scheduler, dns, forwarder or lab"
             )),
         }
     }
@@ -185,6 +194,8 @@ pub struct Addresses {
     pub agent: SocketAddrV4,
     /// The port of each node's proxy.
     pub http_port: u16,
+    /// The port of each node's proxy for TLS.
+    pub https_port: u16,
 }
 
 /// What a testbed is made of; `testbed.json`.
@@ -196,6 +207,8 @@ pub struct Description {
     pub network: Network,
     /// How many nodes it has.
     pub nodes: u8,
+    /// Whether its nodes have a kubelet, which runs Kari's parts as Pods.
+    pub kubelet: bool,
     /// Whether Kari's controller and agents belong to it.
     pub kari: bool,
     /// Further arguments of `kari controller`.
@@ -209,6 +222,11 @@ pub struct Description {
 }
 
 impl Description {
+    /// Whether Kari's parts are processes that the testbed starts, not Pods.
+    pub fn has_own_kari(&self) -> bool {
+        self.kari && !self.kubelet
+    }
+
     /// The names of its nodes.
     pub fn node_names(&self) -> Vec<NodeName> {
         NodeName::first(self.nodes)
@@ -232,6 +250,11 @@ impl Description {
             Network::Lab => Ipv4Addr::new(10, 77, 0, 100 + name.number()),
             Network::Host => Ipv4Addr::LOCALHOST,
         }
+    }
+
+    /// The addresses of the Pods of a node with a kubelet, as `10.244.1.0/24`.
+    pub fn pod_network(&self, name: NodeName) -> String {
+        format!("10.244.{}.0/24", name.number())
     }
 
     /// Where a node's proxy listens, as the other parts see it.

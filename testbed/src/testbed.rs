@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 use crate::{
     error::{Context, Error, Result},
     git::{self, Repository},
-    kari, lifecycle, network, node,
+    images, kari, lifecycle, network, node,
     node_handle::NodeHandle,
     plane, process,
     program::{self, ControlPlane},
@@ -40,6 +40,9 @@ pub struct Options {
     pub nodes: u8,
     /// How its parts are connected.
     pub network: Network,
+    /// Whether nodes get a kubelet, a container runtime and kube-proxy. Kari is
+    /// installed by its chart then, and its agents are Pods.
+    pub kubelet: bool,
     /// Whether Kari's controller and agents are started.
     pub kari: bool,
     /// Further arguments of `kari controller`.
@@ -54,6 +57,7 @@ impl Default for Options {
             directory: None,
             nodes: 1,
             network: Network::Lab,
+            kubelet: false,
             kari: true,
             controller_arguments: Vec::new(),
             agent_arguments: Vec::new(),
@@ -253,6 +257,16 @@ impl Testbed {
         Ok(())
     }
 
+    /// Imports an image archive, of OCI or of Docker, into every node with a kubelet.
+    pub fn load_image(&self, archive: &Path) -> Result<()> {
+        if !self.description.kubelet {
+            return Err(Error::State(
+                "nodes here have no container runtime: `testbed up --kubelet`".to_owned(),
+            ));
+        }
+        images::import(&self.directory, &self.description, archive)
+    }
+
     /// Connects to an address as a process in the lab does.
     pub async fn lab_connect(&self, address: SocketAddrV4) -> Result<TcpStream> {
         let namespace = network::namespace(&self.directory, &self.description)?;
@@ -324,6 +338,13 @@ impl Testbed {
             }
             Part::ControllerManager => {
                 plane::start_controller_manager(directory, description, &ControlPlane::ensure()?)
+            }
+            Part::Scheduler => {
+                plane::start_scheduler(directory, description, &ControlPlane::ensure()?)
+            }
+            Part::Dns => {
+                plane::start_dns(directory, description, &ControlPlane::ensure()?)?;
+                plane::wait_dns(directory, description).await
             }
             Part::Git => git::start(directory, description).await,
             Part::Controller => {
@@ -434,9 +455,12 @@ impl Testbed {
             Part::ControllerManager,
             Part::Git,
         ]);
+        if self.description.kubelet {
+            parts.extend([Part::Scheduler, Part::Dns]);
+        }
         let names = self.description.node_names();
         parts.extend(names.iter().copied().map(Part::Node));
-        if self.description.kari {
+        if self.description.has_own_kari() {
             parts.push(Part::Controller);
             parts.extend(names.into_iter().map(Part::Agent));
         }
@@ -450,6 +474,8 @@ impl Testbed {
             Part::Etcd => Some(addresses.etcd),
             Part::Apiserver => Some(addresses.apiserver),
             Part::ControllerManager => Some(addresses.controller_manager),
+            Part::Scheduler => Some(plane::SCHEDULER),
+            Part::Dns => Some(plane::DNS),
             Part::Git => Some(addresses.git),
             Part::Controller => Some(addresses.controller),
             Part::Node(name) => Some(self.description.node_http(name)),
@@ -458,17 +484,29 @@ impl Testbed {
     }
 
     fn has(&self, part: Part) -> Result<()> {
-        match part {
-            Part::Node(name) | Part::Agent(name) => {
-                self.description.node(&name.to_string()).map(drop)
+        let here = match part {
+            Part::Node(name) => return self.description.node(&name.to_string()).map(drop),
+            Part::Agent(name) => {
+                self.description.node(&name.to_string())?;
+                !self.description.kubelet
             }
+            Part::Controller => !self.description.kubelet,
+            Part::Scheduler | Part::Dns => self.description.kubelet,
             Part::Lab
             | Part::Forwarder
             | Part::Etcd
             | Part::Apiserver
             | Part::ControllerManager
-            | Part::Git
-            | Part::Controller => Ok(()),
+            | Part::Git => true,
+        };
+        match (here, self.description.kubelet) {
+            (true, _) => Ok(()),
+            (false, true) => Err(Error::State(format!(
+                "{part} is a Pod here, as nodes have a kubelet: use kubectl"
+            ))),
+            (false, false) => Err(Error::State(format!(
+                "{part} is there only where nodes have a kubelet: `testbed up --kubelet`"
+            ))),
         }
     }
 }

@@ -11,6 +11,9 @@
 )]
 
 pub mod app;
+pub mod gitops;
+pub mod snapshot;
+pub mod tls;
 pub mod traffic;
 
 use std::fmt::Debug;
@@ -19,7 +22,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Namespace;
+use k8s_openapi::api::core::v1::{Namespace, Secret};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kari::api::names::{NodeName, release_name};
 use kari::api::{Deployment, Release};
@@ -80,6 +83,11 @@ pub struct Space {
 impl Space {
     /// A new namespace; its name has `topic` in it, so that a failing test's objects are found.
     pub async fn new(testbed: &'static Testbed, topic: &str) -> Self {
+        Self::labelled(testbed, topic, &[]).await
+    }
+
+    /// As [`Space::new`], with labels of the namespace, as an administrator sets them.
+    pub async fn labelled(testbed: &'static Testbed, topic: &str, labels: &[(&str, &str)]) -> Self {
         let client = testbed.client().await.expect("a client of the API server");
         let name = format!(
             "{topic}-{}",
@@ -88,6 +96,12 @@ impl Space {
         let namespace = Namespace {
             metadata: ObjectMeta {
                 name: Some(name.clone()),
+                labels: Some(
+                    labels
+                        .iter()
+                        .map(|&(key, value)| (key.to_owned(), value.to_owned()))
+                        .collect(),
+                ),
                 ..ObjectMeta::default()
             },
             ..Namespace::default()
@@ -138,6 +152,27 @@ impl Space {
             .patch(name, &parameters, &Patch::Apply(manifest))
             .await
             .unwrap_or_else(|e| panic!("apply {name}: {e}"))
+    }
+
+    /// Makes a Secret, or gives it other data.
+    pub async fn secret(&self, name: &str, kind: &str, data: &[(&str, &str)]) {
+        let data: serde_json::Map<String, Value> = data
+            .iter()
+            .map(|(key, value)| ((*key).to_owned(), Value::from(*value)))
+            .collect();
+        let secret = serde_json::json!({
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"name": name},
+            "type": kind,
+            "stringData": data,
+        });
+        let secrets: Api<Secret> = Api::namespaced(self.client.clone(), &self.namespace);
+        let parameters = PatchParams::apply("test").force();
+        secrets
+            .patch(name, &parameters, &Patch::Apply(&secret))
+            .await
+            .unwrap_or_else(|e| panic!("apply the Secret {name}: {e}"));
     }
 
     /// Asks the controller to look at the source now.
@@ -234,6 +269,12 @@ impl Space {
         self.testbed.description().node_http(node.name()).into()
     }
 
+    /// The address of a node's proxy for TLS.
+    pub fn tls_proxy(&self, node: &str) -> SocketAddr {
+        let port = self.testbed.description().addresses.https_port;
+        SocketAddr::new(self.proxy(node).ip(), port)
+    }
+
     /// What a command prints in a node; the test fails if it does.
     pub async fn on(&self, node: &str, words: &[&str]) -> String {
         let node = self.testbed.node(node).unwrap_or_else(|e| panic!("{e}"));
@@ -308,11 +349,16 @@ pub async fn until<T, F: Future<Output = Result<T, impl Debug>>>(
 pub struct Lab(pub &'static Testbed);
 
 impl traffic::Connect for Lab {
+    type Stream = TcpStream;
+
     async fn connect(&self, to: SocketAddr) -> std::io::Result<TcpStream> {
         let SocketAddr::V4(to) = to else {
             return Err(std::io::Error::other("the lab has no IPv6"));
         };
-        self.0.lab_connect(to).await.map_err(std::io::Error::other)
+        let stream = self.0.lab_connect(to).await;
+        let stream = stream.map_err(std::io::Error::other)?;
+        stream.set_nodelay(true)?;
+        Ok(stream)
     }
 }
 

@@ -12,7 +12,7 @@ use http_body_util::{BodyExt as _, Empty};
 use hyper::body::Bytes;
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -40,8 +40,12 @@ pub struct Traffic {
 
 /// Opens a connection to a node; a test's network may be one that only a thread of its own reaches.
 pub trait Connect: Clone + Send + Sync + 'static {
+    /// What it opens.
+    type Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static;
+
     /// Opens it.
-    fn connect(&self, to: SocketAddr) -> impl Future<Output = std::io::Result<TcpStream>> + Send;
+    fn connect(&self, to: SocketAddr)
+    -> impl Future<Output = std::io::Result<Self::Stream>> + Send;
 }
 
 impl Traffic {
@@ -203,7 +207,6 @@ async fn open(
     to: SocketAddr,
 ) -> std::io::Result<SendRequest<Empty<Bytes>>> {
     let stream = connect.connect(to).await?;
-    stream.set_nodelay(true)?;
     let (sender, connection) = handshake(TokioIo::new(stream))
         .await
         .map_err(std::io::Error::other)?;

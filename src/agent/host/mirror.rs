@@ -1,4 +1,5 @@
-//! Mirrors: one bare git repository on the node for each url that apps are built from.
+//! Mirrors: one bare git repository on the node for each url that apps are built from, and for each credential
+//! that it is read with.
 //!
 //! A fetch belongs to its mirror, not to an app: one unit, one backoff, and apps
 //! that want the same commit share it. It runs as a transient unit, as the user
@@ -14,6 +15,8 @@
 //! - [`schedule`] decides what to fetch when: slots, queue, backoff, repair. Pure.
 //! - [`fetcher`] does it.
 //!
+//! A credential is in files in memory while a fetch runs, which its jail alone sees.
+//!
 //! Deliberately absent: git run by the agent. A mirror is kari-git's, and what is
 //! in it must not be believed by root. Nothing in it is opened by way of a
 //! symbolic link.
@@ -21,6 +24,7 @@
 use crate::api::names::{AppName, Commit, hex_digest};
 use crate::api::reasons::Reason;
 
+mod credentials;
 mod failure;
 mod fetcher;
 mod refs;
@@ -124,22 +128,47 @@ impl std::fmt::Display for SourceUrl {
     }
 }
 
-/// The name of a mirror: 40 hexadecimal digits of a digest of the url. Credentials will be part of it, so
-/// that nobody reads by way of a mirror what his own would not let him.
+/// Which credential a repository is read with.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CredentialId {
+    /// Whose it is: nobody reads by way of a mirror what his own credential would not let him.
+    pub namespace: String,
+    /// The digest under which the node was given it.
+    pub digest: String,
+}
+
+/// The name of a mirror: 40 hexadecimal digits, of digests of the url and of the credential.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MirrorKey(String);
 
 impl MirrorKey {
-    /// The mirror of a repository that is read without credentials.
-    pub fn of(source: &SourceUrl) -> Self {
-        Self(hex_digest(format!("{source}\n").as_bytes())[..40].to_owned())
+    /// The mirror of a repository that is read with this credential, or by everybody.
+    pub fn of(source: &SourceUrl, credential: Option<&CredentialId>) -> Self {
+        let url = hex_digest(format!("{source}\n").as_bytes());
+        let Some(CredentialId { namespace, digest }) = credential else {
+            return Self(url[..KEY_DIGITS].to_owned());
+        };
+        let credential = hex_digest(format!("{namespace}\n{digest}\n").as_bytes());
+        let own = &credential[..KEY_DIGITS - URL_DIGITS];
+        Self(format!("{}{own}", &url[..URL_DIGITS]))
     }
 
     /// Its digits.
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Whether both are mirrors of one repository.
+    fn is_of_the_same_url(&self, other: &Self) -> bool {
+        self.0.get(..URL_DIGITS) == other.0.get(..URL_DIGITS)
+    }
 }
+
+/// Hexadecimal digits of a mirror's name.
+const KEY_DIGITS: usize = 40;
+
+/// Those of them that say of which url it is: 96 bits, so that no two urls ever meet.
+const URL_DIGITS: usize = 24;
 
 /// What an app wants of a repository.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -154,6 +183,15 @@ pub struct Want {
     pub base: Option<Commit>,
     /// Whether what its submodules are at is wanted too.
     pub submodules: bool,
+    /// What it is read with; nothing if everybody may read it.
+    pub credential: Option<CredentialId>,
+}
+
+impl Want {
+    /// The mirror that it is wanted of.
+    pub fn key(&self) -> MirrorKey {
+        MirrorKey::of(&self.source, self.credential.as_ref())
+    }
 }
 
 /// Why an app does not have its commit. A reason of class Environment: it is tried again; of class Invalid: it
@@ -231,10 +269,31 @@ mod tests {
     }
 
     #[test]
-    fn two_urls_never_share_a_mirror() {
-        let key = |url| MirrorKey::of(&SourceUrl::parse(url).unwrap_or_else(|e| panic!("{e}")));
-        assert_eq!(key("https://h/a"), key("https://h/a"));
-        assert_ne!(key("https://h/a"), key("https://h/b"));
-        assert_eq!(key("https://h/a").as_str().len(), 40);
+    fn two_urls_two_credentials_and_two_tenants_never_share_a_mirror() {
+        let key = |url, credential: Option<(&str, &str)>| {
+            let credential = credential.map(|(namespace, digest)| CredentialId {
+                namespace: namespace.to_owned(),
+                digest: digest.to_owned(),
+            });
+            let source = SourceUrl::parse(url).unwrap_or_else(|e| panic!("{e}"));
+            MirrorKey::of(&source, credential.as_ref())
+        };
+        let keys = [
+            key("https://h/a", None),
+            key("https://h/b", None),
+            key("https://h/a", Some(("web", "1"))),
+            key("https://h/a", Some(("web", "2"))),
+            key("https://h/a", Some(("other", "1"))),
+            key("https://h/b", Some(("web", "1"))),
+        ];
+        for (at, one) in keys.iter().enumerate() {
+            assert_eq!(one.as_str().len(), 40);
+            for (other_at, other) in keys.iter().enumerate() {
+                assert_eq!(one == other, at == other_at);
+                let same_url = [0, 2, 3, 4].contains(&at) == [0, 2, 3, 4].contains(&other_at);
+                assert_eq!(one.is_of_the_same_url(other), same_url);
+            }
+        }
+        assert_eq!(key("https://h/a", None), keys[0]);
     }
 }

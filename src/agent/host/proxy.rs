@@ -4,21 +4,27 @@
 //! That a file is there proves nothing, and neither does a reload that ended
 //! well: what counts is measured by a request on a new connection.
 //!
+//! Certificates lie beside the files, 0600 and root's; nginx, which is not root, reads copies in memory that
+//! are made at each start and before each reload.
+//!
 //! - [`configuration`] is what nginx is told, as text. Pure.
+//! - [`certificates`] are the files with keys.
 //! - [`answer`] is what an answer proves. Pure.
 //! - [`control`] writes and measures, by way of [`reload`].
 //!
 //! User text reaches nginx through [`HostName::parse`] and [`RoutePath::parse`] alone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use crate::api::names::{AppName, ReleaseId};
 
 mod answer;
+mod certificates;
 mod configuration;
 mod control;
 mod reload;
+mod tls;
 
 pub use configuration::{IDENTITY_PATH, UNIT, render_virtual_host};
 pub use control::{DRAIN_LIMIT, Proxy, ProxyError};
@@ -142,6 +148,45 @@ impl std::fmt::Display for RoutePath {
     }
 }
 
+/// What names a certificate and its key among those of an app: the digest under which the node was given them.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CertificateId(String);
+
+/// A text that is not a [`CertificateId`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{0:?} is not the digest of a certificate: it must be 16 to 64 lower-case hexadecimal digits"
+)]
+pub struct CertificateIdError(String);
+
+impl CertificateId {
+    /// Refuses what is not digits: it is a part of names of files.
+    pub fn parse(text: &str) -> Result<Self, CertificateIdError> {
+        let is_digit = |b: u8| matches!(b, b'0'..=b'9' | b'a'..=b'f');
+        if (16..=64).contains(&text.len()) && text.bytes().all(is_digit) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(CertificateIdError(text.to_owned()))
+        }
+    }
+
+    /// That of a certificate which the node was not given: nothing is served with it.
+    pub fn unknown() -> Self {
+        Self("0".repeat(40))
+    }
+
+    /// Its digits.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Display for CertificateId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 /// What the proxy serves for a Deployment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VirtualHost {
@@ -167,6 +212,19 @@ impl VirtualHost {
         }
         by_host
     }
+
+    /// The certificates that its hosts are served with.
+    pub fn certificates(&self) -> BTreeSet<&CertificateId> {
+        let routes = self.routes.iter();
+        routes
+            .filter_map(|route| route.certificate.as_ref())
+            .collect()
+    }
+}
+
+/// The certificate of a host with these routes: that of any of them. The API takes no two for one host.
+fn certificate_of<'a>(routes: &[&'a Route]) -> Option<&'a CertificateId> {
+    routes.iter().find_map(|route| route.certificate.as_ref())
 }
 
 /// The requests for some host names whose path begins alike. Of several routes with one host, the longest path
@@ -183,6 +241,8 @@ pub struct Route {
     pub target: RouteTarget,
     /// What the process is known to answer: the path of its readiness probe, with its query.
     pub probe_path: Option<String>,
+    /// What the hosts are served with over https; without it they are served over http alone.
+    pub certificate: Option<CertificateId>,
 }
 
 /// What the agent asks for when it measures that `route` answers, `routes` being all of its host: the path of the
@@ -250,6 +310,8 @@ pub fn route_conflicts<'a>(
 pub struct ProxySettings {
     /// The port for HTTP, on all addresses.
     pub http_port: u16,
+    /// The port for HTTP over TLS, on all addresses; 0 for none, and then no host has a certificate.
+    pub https_port: u16,
     /// nginx, as an absolute path.
     pub nginx: PathBuf,
     /// Whether the node has IPv6.
@@ -259,22 +321,18 @@ pub struct ProxySettings {
 }
 
 impl ProxySettings {
-    /// The settings of this node; nothing if `tool_path` (folders separated by colons) has no nginx.
-    pub fn of_this_node(http_port: u16, tool_path: &str) -> Option<Self> {
-        let nginx = tool_path
-            .split(':')
-            .filter(|folder| folder.starts_with('/'))
-            .map(|folder| PathBuf::from(folder).join("nginx"))
-            .find(|path| path.is_file())?;
+    /// The settings of this node.
+    pub fn of_this_node(http_port: u16, https_port: u16, nginx: PathBuf) -> Self {
         // The list of addresses: there only with IPv6, and empty where it is switched off.
         let ipv6 = std::fs::read("/proc/net/if_inet6").is_ok_and(|addresses| !addresses.is_empty());
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        Some(Self {
+        Self {
             http_port,
+            https_port,
             nginx,
             ipv6,
             processors,
-        })
+        }
     }
 }
 

@@ -228,7 +228,17 @@ pub(super) fn give_back(observed: &Observed, attempt: &AttemptRecord) -> (Plan, 
         // What never had traffic has nothing to finish, and where there is no proxy there is none.
         steps.extend(stop_tried(observed, &tried));
     }
-    let held_back: &[String] = if left { &attempt.stopped_old } else { &[] };
+    // A stray that is stopped is in nobody's way, whether or not its file could be removed yet.
+    let applied = committed(observed).map_or(vec![], |release| unit_names(&release.processes));
+    let in_the_way = observed.host.services.iter().any(|(unit, service)| {
+        !applied.contains(unit)
+            && !matches!(service.activity, Activity::Inactive | Activity::Failed)
+    });
+    let held_back: &[String] = if in_the_way {
+        &attempt.stopped_old
+    } else {
+        &[]
+    };
     let (healing, drift) = heal(observed, held_back);
     steps.extend(healing);
     steps.extend(change);

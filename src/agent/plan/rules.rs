@@ -940,6 +940,9 @@ fn a_recreate_finds_its_way_around_a_taken_port_and_a_proxy_that_is_away() {
         _ => None,
     };
     assert_eq!(undone(&world), Some(false), "it has no traffic yet");
+    let old = world.unit_of("web").unwrap();
+    let runs = world.observe().host.services[&old].activity == Activity::Active;
+    assert!(runs, "what was stopped does not wait for the proxy");
     world.proxy_down = false;
     assert!(matches!(world.settle(), Progress::Failed(_)));
     world.check_settled();
@@ -1041,7 +1044,13 @@ fn a_route_leads_to_its_process_and_is_measured_where_its_probe_looks() {
     let mut wish = wish(draft(1));
     let routes = |wish: &crate::agent::host::records::Wish, world: &World| {
         let processes = world.committed();
-        let host = virtual_host(&app(), wish.release_id, &wish.template, processes, &[]);
+        let host = virtual_host(
+            &app(),
+            wish.release_id,
+            (&wish.template, &wish.sealed),
+            processes,
+            &[],
+        );
         host.map(|host| host.routes)
     };
     let world = running(1);

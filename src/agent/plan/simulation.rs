@@ -829,7 +829,7 @@ impl World {
         let wanted = virtual_host(
             &app(),
             id,
-            &attempt.wish.template,
+            (&attempt.wish.template, &attempt.wish.sealed),
             &attempt.processes,
             backup,
         );
@@ -866,8 +866,15 @@ impl World {
             .applied
             .as_ref()
             .and_then(|applied| applied.release.as_ref());
-        let wanted = release
-            .and_then(|r| virtual_host(&app(), r.release_id, &r.template, &r.processes, &[]));
+        let wanted = release.and_then(|r| {
+            virtual_host(
+                &app(),
+                r.release_id,
+                (&r.template, &r.sealed),
+                &r.processes,
+                &[],
+            )
+        });
         if !self.proxy_down {
             assert_eq!(self.proxy, wanted, "the traffic\n{}", story());
         }

@@ -3,11 +3,14 @@
 use std::time::Duration;
 
 use super::{Step, committed, waiting};
-use crate::agent::host::proxy::{HostName, Route, RoutePath, RouteTarget, VirtualHost};
+use crate::agent::host::proxy::{
+    CertificateId, HostName, Route, RoutePath, RouteTarget, VirtualHost,
+};
 use crate::agent::host::records::{AttemptRecord, ProcessRecord};
 use crate::agent::view::{HeldUp, Observed};
+use crate::api::deployment::RouteTls;
 use crate::api::names::{AppName, ReleaseId};
-use crate::api::release::Template;
+use crate::api::release::{Purpose, SealedValue, Template};
 
 pub(super) enum Traffic<'a> {
     InForce(Duration),
@@ -38,7 +41,7 @@ pub fn committed_virtual_host(observed: &Observed) -> Option<VirtualHost> {
     virtual_host(
         &observed.app,
         release.release_id,
-        &release.template,
+        (&release.template, &release.sealed),
         &release.processes,
         &[],
     )
@@ -57,7 +60,7 @@ pub(super) fn attempt_virtual_host(
     virtual_host(
         &observed.app,
         attempt.wish.release_id,
-        &attempt.wish.template,
+        (&attempt.wish.template, &attempt.wish.sealed),
         &attempt.processes,
         old,
     )
@@ -79,7 +82,7 @@ pub(super) fn paused_attempt_virtual_host(
     let host = virtual_host(
         &observed.app,
         attempt.wish.release_id,
-        &attempt.wish.template,
+        (&attempt.wish.template, &attempt.wish.sealed),
         &attempt.processes,
         &[],
     );
@@ -101,12 +104,22 @@ pub(super) fn pause(mut host: VirtualHost, processes: &[&str]) -> VirtualHost {
     host
 }
 
+/// The certificate that a route is served with. One that the release does not carry is not replaced by none: what is
+/// to be served by https is not served in the clear.
+fn certificate_id(tls: &RouteTls, sealed: &[SealedValue]) -> CertificateId {
+    let mut sealed = sealed.iter();
+    sealed
+        .find(|s| s.purpose == Purpose::Tls && s.name == tls.secret_name)
+        .and_then(|sealed| CertificateId::parse(&sealed.digest).ok())
+        .unwrap_or_else(CertificateId::unknown)
+}
+
 /// What the proxy serves for `processes`; nothing if none has a route. Host names and paths that are not
 /// valid were refused where the Release was read.
 pub fn virtual_host(
     app: &AppName,
     release_id: ReleaseId,
-    template: &Template,
+    (template, sealed): (&Template, &[SealedValue]),
     processes: &[ProcessRecord],
     old: &[ProcessRecord],
 ) -> Option<VirtualHost> {
@@ -141,6 +154,7 @@ pub fn virtual_host(
                 path: RoutePath::parse(&route.path).ok()?,
                 target,
                 probe_path,
+                certificate: route.tls.as_ref().map(|tls| certificate_id(tls, sealed)),
             })
         })
         .collect();

@@ -40,6 +40,11 @@ impl Digests {
         }
     }
 
+    /// The digest of `value`, which is used for `purpose`: the same for every Deployment of the namespace.
+    pub fn digest_in_namespace(&self, purpose: &str, value: &[u8]) -> String {
+        self.key.digest(&[&*self.namespace, "", purpose], value)
+    }
+
     /// The digest of `value`, which is used at `place`: 40 hexadecimal digits.
     pub fn digest(&self, place: &[&str], value: &[u8]) -> String {
         let context = [&[&*self.namespace, &*self.deployment], place].concat();

@@ -99,9 +99,7 @@ pub fn resolve(spec: &DeploymentSpec, contents: &Contents) -> Result<Environment
     }
     if !secret.is_empty() {
         let Some(digests) = &contents.digests else {
-            return Err(not_found(format!(
-                "the controller cannot use the Secret {DIGEST_KEY_SECRET} of its own namespace, without which no Secret is used: its Role needs get and create on secrets there; the controller's log says more"
-            )));
+            return Err(without_digests());
         };
         environment.secret =
             secret.summary(|process, bytes| digests.digest(&["Env", process], bytes));
@@ -132,7 +130,14 @@ fn part(
     plain
 }
 
-fn too_large() -> LookupFailure {
+/// Secrets are referred to, and there is nothing that could stand for them.
+pub(super) fn without_digests() -> LookupFailure {
+    not_found(format!(
+        "the controller cannot use the Secret {DIGEST_KEY_SECRET} of its own namespace, without which no Secret is used: its Role needs get and create on secrets there; the controller's log says more"
+    ))
+}
+
+pub(super) fn too_large() -> LookupFailure {
     LookupFailure {
         reason: Reason::ReferenceTooLarge,
         message: format!(
@@ -142,7 +147,7 @@ fn too_large() -> LookupFailure {
     }
 }
 
-fn not_found(message: String) -> LookupFailure {
+pub(super) fn not_found(message: String) -> LookupFailure {
     LookupFailure {
         reason: Reason::ReferenceNotFound,
         message,

@@ -2,10 +2,14 @@
 //!
 //! Invariants: no configuration but ours is read, no prompt waits for anybody, only the allowed
 //! protocols are spoken, both outputs are bounded, and at the time limit, or when the look-up is
-//! dropped, every process of it is killed.
+//! dropped, every process of it is killed. A credential is in files that nobody else may read and that go with
+//! the look-up, and in no message.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
+use std::io::Write as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -15,10 +19,11 @@ use tokio::process::{Child, Command};
 
 use crate::api::reasons::Reason;
 use crate::controller::observed::LookupFailure;
+use crate::git_credential::{GitAccess, SSH};
 
-use super::SourceOptions;
 use super::listing::{PEELED, classify, parse};
 use super::schedule::Answer;
+use super::{Repository, SourceOptions};
 
 /// How long a look-up may take: a server that has not answered by then is looked at again later.
 const TIME_LIMIT: Duration = Duration::from_secs(30);
@@ -47,16 +52,41 @@ const PASSED_ON: &[&str] = &[
     "GIT_SSL_CAINFO",
 ];
 
-/// The ssh that git starts: asks nobody, has no key, takes no host key that the machine does not know.
-const SSH: &str = "ssh -F none -o BatchMode=yes -o StrictHostKeyChecking=yes -o UserKnownHostsFile=none -o IdentitiesOnly=yes -o IdentityFile=none -o ConnectTimeout=15";
+/// What of it does not hold for a repository with an authority of its own.
+const MACHINE_AUTHORITIES: &str = "GIT_SSL_CAINFO";
 
-/// The commit of each of `references` that the repository at `url` has, and perhaps of others.
-pub async fn list(url: &str, references: &BTreeSet<String>, options: &SourceOptions) -> Answer {
+/// What ssh is told where there is no credential: no key, and the host keys that the machine knows.
+const WITHOUT_KEY: &str = "-o UserKnownHostsFile=none -o IdentityFile=none";
+
+/// The commit of each of `references` that the repository has, and perhaps of others.
+pub async fn list(
+    repository: &Repository,
+    references: &BTreeSet<String>,
+    options: &SourceOptions,
+) -> Answer {
     let unavailable = |message: String| LookupFailure {
         reason: Reason::SourceUnavailable,
         message,
     };
-    let mut child = Group::spawn(&mut command(url, references, options))
+    let Repository { url, credential } = repository;
+    let prepared = credential
+        .as_ref()
+        .map(|credential| {
+            let folder = PrivateFolder::make(&options.credentials)?;
+            let access = credential.access(&folder.0);
+            folder.write(&access.files)?;
+            std::io::Result::Ok((folder, access))
+        })
+        .transpose();
+    let prepared = prepared.map_err(|error| {
+        unavailable(format!(
+            "cannot keep a credential in {} on the controller: {error}",
+            options.credentials.display()
+        ))
+    })?;
+    // Its files go when this is left.
+    let (_files, access) = prepared.unzip();
+    let mut child = Group::spawn(&mut command(url, references, options, access.as_ref()))
         .map_err(|error| unavailable(format!("cannot run git on the controller: {error}")))?;
     let ended = tokio::time::timeout(TIME_LIMIT, child.finish()).await;
     let Ok(ended) = ended else {
@@ -79,18 +109,65 @@ pub async fn list(url: &str, references: &BTreeSet<String>, options: &SourceOpti
     if success {
         Ok(parse(&String::from_utf8_lossy(&listing)))
     } else {
-        Err(classify(url, &String::from_utf8_lossy(&complaint)))
+        let complaint = String::from_utf8_lossy(&complaint);
+        let complaint = match credential {
+            Some(credential) => credential.mask(&complaint),
+            None => complaint.into_owned(),
+        };
+        Err(classify(url, &complaint, credential.is_some()))
     }
 }
 
-fn command(url: &str, references: &BTreeSet<String>, options: &SourceOptions) -> Command {
+/// A folder that only this process's user may look into, gone with the value.
+struct PrivateFolder(PathBuf);
+
+impl PrivateFolder {
+    fn make(within: &Path) -> std::io::Result<Self> {
+        let folder = within.join(uuid::Uuid::new_v4().simple().to_string());
+        std::fs::DirBuilder::new().mode(0o700).create(&folder)?;
+        Ok(Self(folder))
+    }
+
+    fn write(&self, files: &[(&str, String)]) -> std::io::Result<()> {
+        for (name, content) in files {
+            let mut options = std::fs::OpenOptions::new();
+            let mut file = options
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(self.0.join(name))?;
+            file.write_all(content.as_bytes())?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for PrivateFolder {
+    fn drop(&mut self) {
+        // What is left goes with the process's own folder.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn command(
+    url: &str,
+    references: &BTreeSet<String>,
+    options: &SourceOptions,
+    access: Option<&GitAccess>,
+) -> Command {
     let protocols = if options.insecure_schemes {
         "https:ssh:http:git"
     } else {
         "https:ssh"
     };
+    // No helper of an administrator's git is asked; ours come after this.
+    let mut settings = vec![("credential.helper".to_owned(), String::new())];
+    settings.extend(access.iter().flat_map(|access| access.settings.clone()));
+    let has_authorities = settings.iter().any(|(key, _)| key.ends_with(".sslCAInfo"));
+    let ssh = access.and_then(|access| access.ssh.clone());
     let passed_on = PASSED_ON
         .iter()
+        .filter(|name| !has_authorities || **name != MACHINE_AUTHORITIES)
         .filter_map(|name| Some((*name, std::env::var_os(name)?)));
     let mut command = Command::new("git");
     command
@@ -102,18 +179,20 @@ fn command(url: &str, references: &BTreeSet<String>, options: &SourceOptions) ->
         .env("GIT_CONFIG_GLOBAL", "/dev/null")
         .env("GIT_TERMINAL_PROMPT", "0")
         .env("GIT_ALLOW_PROTOCOL", protocols)
-        .env("GIT_SSH_COMMAND", SSH)
+        .env(
+            "GIT_SSH_COMMAND",
+            ssh.unwrap_or_else(|| format!("{SSH} {WITHOUT_KEY}")),
+        )
         .env("GIT_SSH_VARIANT", "ssh")
         .current_dir(&options.home)
         .env("GIT_CEILING_DIRECTORIES", &options.home)
-        .args([
-            "-c",
-            "credential.helper=",
-            "ls-remote",
-            "--quiet",
-            "--",
-            url,
-        ]);
+        .env("GIT_CONFIG_COUNT", settings.len().to_string())
+        .args(["ls-remote", "--quiet", "--", url]);
+    for (at, (key, value)) in settings.into_iter().enumerate() {
+        command
+            .env(format!("GIT_CONFIG_KEY_{at}"), key)
+            .env(format!("GIT_CONFIG_VALUE_{at}"), value);
+    }
     if references.len() <= NAMED_REFERENCES {
         for reference in references {
             command.arg(reference).arg(format!("{reference}{PEELED}"));
@@ -284,6 +363,14 @@ mod tests {
             slots: 1,
             insecure_schemes,
             home: home.to_owned(),
+            credentials: home.to_owned(),
+        }
+    }
+
+    fn public(url: &str) -> Repository {
+        Repository {
+            url: url.to_owned(),
+            credential: None,
         }
     }
 
@@ -296,7 +383,7 @@ mod tests {
         let server = Server::start();
         let home = tempfile::tempdir().unwrap_or_else(|e| panic!("{e}"));
         let wanted = references(&["refs/heads/main", "refs/tags/v1", "refs/heads/none"]);
-        let answer = list(&server.url, &wanted, &options(home.path(), true)).await;
+        let answer = list(&public(&server.url), &wanted, &options(home.path(), true)).await;
         let commits = answer.unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(commits.get("refs/heads/main"), Some(&server.commit("main")));
         assert_eq!(
@@ -305,7 +392,7 @@ mod tests {
         );
         assert_eq!(commits.get("refs/heads/none"), None);
         let failure = list(
-            &format!("{}-none", server.url),
+            &public(&format!("{}-none", server.url)),
             &wanted,
             &options(home.path(), true),
         )
@@ -329,7 +416,7 @@ mod tests {
             "file:///tmp",
             "/tmp",
         ] {
-            let answer = list(url, &wanted, &options(home.path(), false)).await;
+            let answer = list(&public(url), &wanted, &options(home.path(), false)).await;
             let failure = answer.err().unwrap_or_else(|| panic!("{url} was asked"));
             assert!(failure.message.contains("not allowed"), "{url}: {failure}");
         }
@@ -343,13 +430,13 @@ mod tests {
         let silent = silent.unwrap_or_else(|e| panic!("{e}"));
         let address = silent.local_addr().unwrap_or_else(|e| panic!("{e}"));
         let home = tempfile::tempdir().unwrap_or_else(|e| panic!("{e}"));
-        let (url, wanted) = (
-            format!("git://{address}/shop"),
+        let (repository, wanted) = (
+            public(&format!("git://{address}/shop")),
             references(&["refs/heads/main"]),
         );
         let options = options(home.path(), true);
         let mut connection = tokio::select! {
-            answer = list(&url, &wanted, &options) => panic!("answered: {answer:?}"),
+            answer = list(&repository, &wanted, &options) => panic!("answered: {answer:?}"),
             accepted = tokio::time::timeout(DEADLINE, silent.accept()) => match accepted {
                 Ok(Ok((connection, _))) => connection,
                 other => panic!("git did not connect: {other:?}"),

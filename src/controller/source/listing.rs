@@ -34,18 +34,37 @@ pub fn parse(output: &str) -> BTreeMap<String, Commit> {
     commits
 }
 
-/// What a failure of git means, from its own words in English (`LC_ALL=C`).
-pub fn classify(url: &str, stderr: &str) -> LookupFailure {
+/// What a failure of git means, from its own words in English (`LC_ALL=C`); `credential` if it was given one.
+pub fn classify(url: &str, stderr: &str, credential: bool) -> LookupFailure {
     let words = telling_line(stderr);
     let (reason, advice) = if says(stderr, HOST_KEY) {
         (
             Reason::HostKeyMismatch,
-            "the server's host key is not in the controller's /etc/ssh/ssh_known_hosts, or is another one there",
+            match credential {
+                true => {
+                    "the server's host key is not in known_hosts of the Secret of spec.source.git.secretRef, or is another one there; put the new one there only if the server's operator says that it changed"
+                }
+                false => {
+                    "the server's host key is not in the controller's /etc/ssh/ssh_known_hosts, or is another one there"
+                }
+            },
         )
     } else if says(stderr, AUTHENTICATION) {
         (
             Reason::AuthenticationFailed,
-            "the server wants credentials, or has no such repository; this version of Kari reads repositories that need none",
+            match credential {
+                true => {
+                    "the server refuses the Secret of spec.source.git.secretRef, or that may not read the repository, or there is none of this name"
+                }
+                false => {
+                    "the server wants credentials, or has no such repository: correct the url, or name a Secret in spec.source.git.secretRef"
+                }
+            },
+        )
+    } else if credential && says(stderr, REDIRECT) {
+        (
+            Reason::SourceUnavailable,
+            "the server leads elsewhere, and a token is not sent on: set spec.source.git.url to where the repository is now",
         )
     } else {
         (Reason::SourceUnavailable, "it is tried again")
@@ -73,6 +92,14 @@ const AUTHENTICATION: &[&str] = &[
     "Too many authentication failures",
     "returned error: 401",
     "returned error: 403",
+];
+
+/// Git where it does not follow a redirect.
+const REDIRECT: &[&str] = &[
+    "returned error: 301",
+    "returned error: 302",
+    "returned error: 307",
+    "returned error: 308",
 ];
 
 fn says(text: &str, any: &[&str]) -> bool {
@@ -200,7 +227,7 @@ mod tests {
             ),
             ("nothing", "", Reason::SourceUnavailable, "no reason"),
         ] {
-            let failure = classify("https://x/y", stderr);
+            let failure = classify("https://x/y", stderr, false);
             assert_eq!(failure.reason, reason, "{case}");
             assert!(failure.message.contains(words), "{case}: {failure}");
             assert!(

@@ -1,6 +1,6 @@
-//! When which url is looked up, and who wants to know. A plain state machine that is told the time.
+//! When which repository is looked up, and who wants to know. A plain state machine that is told the time.
 //!
-//! Invariants: at most one look-up of a url at a time; what nobody wants is forgotten; a request is
+//! Invariants: at most one look-up of a repository with one credential at a time; what nobody wants is forgotten; a request is
 //! answered only by a look-up that began after it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -12,6 +12,7 @@ use crate::api::reasons::Reason;
 use crate::controller::observed::{Lookup, LookupFailure, Outcome};
 use crate::runtime::supervise::Backoff;
 
+use super::Repository;
 use super::range::{Range, tags};
 
 /// Between two look-ups of one url at least, whoever asks: a person who annotates in a loop must not
@@ -32,7 +33,7 @@ const JITTER: f64 = 0.1;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interest {
     /// The repository.
-    pub url: String,
+    pub repository: Repository,
     /// The full name of the reference, or the pattern of all references that a range looks at.
     pub reference: String,
     /// The range of versions whose highest tag is wanted.
@@ -49,7 +50,7 @@ pub struct Interest {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Due {
     /// The repository.
-    pub url: String,
+    pub repository: Repository,
     /// All references of it that anybody wants.
     pub references: BTreeSet<String>,
 }
@@ -61,14 +62,14 @@ pub type Answer = Result<BTreeMap<String, Commit>, LookupFailure>;
 #[derive(Debug)]
 pub struct Schedule<Key> {
     interests: HashMap<Key, Registered>,
-    urls: HashMap<String, Url>,
+    repositories: HashMap<Repository, Entry>,
 }
 
 impl<Key> Default for Schedule<Key> {
     fn default() -> Self {
         Self {
             interests: HashMap::new(),
-            urls: HashMap::new(),
+            repositories: HashMap::new(),
         }
     }
 }
@@ -82,7 +83,7 @@ struct Registered {
 }
 
 #[derive(Debug)]
-struct Url {
+struct Entry {
     due: Duration,
     /// When the last look-up began.
     began: Option<Duration>,
@@ -110,9 +111,9 @@ impl<Key: Clone + Eq + Hash> Schedule<Key> {
         let answered = before.and_then(|b| b.answered.clone());
         let asking = before.and_then(|b| b.asking.clone());
         let changed = before.is_none_or(|b| b.interest != interest);
-        let old_url = before
-            .map(|b| b.interest.url.clone())
-            .filter(|url| *url != interest.url);
+        let old = before
+            .map(|b| b.interest.repository.clone())
+            .filter(|repository| *repository != interest.repository);
         let requested = interest.request.is_some()
             && interest.request != answered
             && before.is_none_or(|b| b.interest.request != interest.request);
@@ -120,19 +121,24 @@ impl<Key: Clone + Eq + Hash> Schedule<Key> {
         let mut hastened = false;
         if changed {
             let spread = interest.interval.mul_f64(jitter.clamp(0.0, 1.0));
-            let url = self.urls.entry(interest.url.clone()).or_insert_with(|| {
-                hastened = true;
-                Url {
-                    due: if interest.known { now + spread } else { now },
-                    began: None,
-                    running: false,
-                    failures: 0,
-                    asked: BTreeSet::new(),
-                    asking: BTreeSet::new(),
-                    answer: None,
-                }
-            });
-            let unasked = !interest.known
+            let url = self
+                .repositories
+                .entry(interest.repository.clone())
+                .or_insert_with(|| {
+                    hastened = true;
+                    Entry {
+                        due: if interest.known { now + spread } else { now },
+                        began: None,
+                        running: false,
+                        failures: 0,
+                        asked: BTreeSet::new(),
+                        asking: BTreeSet::new(),
+                        answer: None,
+                    }
+                });
+            // What one credential was told says nothing of another, which may mend what failed.
+            let unknown = !interest.known || old.is_some();
+            let unasked = unknown
                 && !url.asked.contains(&interest.reference)
                 && !url.asking.contains(&interest.reference);
             let due = if requested || unasked {
@@ -146,12 +152,12 @@ impl<Key: Clone + Eq + Hash> Schedule<Key> {
             }
             let registered = Registered {
                 interest: interest.clone(),
-                asking: asking.filter(|_| old_url.is_none()),
+                asking: asking.filter(|_| old.is_none()),
                 answered: answered.clone(),
             };
             self.interests.insert(key.clone(), registered);
-            if let Some(old) = old_url {
-                self.forget_url(&old);
+            if let Some(old) = old {
+                self.forget_repository(&old);
             }
         }
         let lookup = Lookup {
@@ -164,55 +170,66 @@ impl<Key: Clone + Eq + Hash> Schedule<Key> {
     /// `key` wants nothing any more.
     pub fn forget(&mut self, key: &Key) {
         if let Some(gone) = self.interests.remove(key) {
-            self.forget_url(&gone.interest.url);
+            self.forget_repository(&gone.interest.repository);
         }
     }
 
-    fn forget_url(&mut self, url: &str) {
-        let wanted = self.interests.values().any(|r| r.interest.url == url);
-        if !wanted && self.urls.get(url).is_some_and(|u| !u.running) {
-            self.urls.remove(url);
+    fn forget_repository(&mut self, repository: &Repository) {
+        let mut interests = self.interests.values();
+        let wanted = interests.any(|r| r.interest.repository == *repository);
+        let entry = self.repositories.get(repository);
+        if !wanted && entry.is_some_and(|entry| !entry.running) {
+            self.repositories.remove(repository);
         }
     }
 
     /// Begins at most `free` of the look-ups that are due, the longest due first.
     pub fn start(&mut self, now: Duration, free: usize) -> Vec<Due> {
-        let mut due: Vec<(Duration, String)> = self
-            .urls
+        let mut due: Vec<(Duration, Repository)> = self
+            .repositories
             .iter()
-            .filter(|(_, url)| !url.running && url.due <= now)
-            .map(|(name, url)| (url.due, name.clone()))
+            .filter(|(_, entry)| !entry.running && entry.due <= now)
+            .map(|(repository, entry)| (entry.due, repository.clone()))
             .collect();
         due.sort();
         due.truncate(free);
         due.into_iter()
-            .map(|(_, url)| self.begin(url, now))
+            .map(|(_, repository)| self.begin(repository, now))
             .collect()
     }
 
-    fn begin(&mut self, url: String, now: Duration) -> Due {
+    fn begin(&mut self, repository: Repository, now: Duration) -> Due {
         let mut references = BTreeSet::new();
         for registered in self.interests.values_mut() {
-            if registered.interest.url == url {
+            if registered.interest.repository == repository {
                 references.insert(registered.interest.reference.clone());
                 registered.asking.clone_from(&registered.interest.request);
             }
         }
-        if let Some(state) = self.urls.get_mut(&url) {
+        if let Some(state) = self.repositories.get_mut(&repository) {
             state.running = true;
             state.began = Some(now);
             state.asking.clone_from(&references);
         }
-        Due { url, references }
+        Due {
+            repository,
+            references,
+        }
     }
 
     /// Takes the answer of a look-up that was begun, and returns who has to hear of it: those for whom
     /// it says something new, or whose request it answers.
-    pub fn answer(&mut self, url: &str, answer: Answer, now: Duration, jitter: f64) -> Vec<Key> {
+    pub fn answer(
+        &mut self,
+        repository: &Repository,
+        answer: Answer,
+        now: Duration,
+        jitter: f64,
+    ) -> Vec<Key> {
         let before: Vec<(Key, Outcome)> = self
             .interests
             .iter()
-            .filter(|(_, r)| r.interest.url == url)
+            .filter(|(_, r)| r.interest.repository == *repository)
             .map(|(key, r)| (key.clone(), self.outcome(&r.interest)))
             .collect();
         let interval = before
@@ -220,7 +237,7 @@ impl<Key: Clone + Eq + Hash> Schedule<Key> {
             .filter_map(|(key, _)| self.interests.get(key))
             .map(|r| r.interest.interval)
             .min();
-        if let Some(state) = self.urls.get_mut(url) {
+        if let Some(state) = self.repositories.get_mut(repository) {
             state.running = false;
             state.failures = if answer.is_err() {
                 state.failures + 1
@@ -257,21 +274,21 @@ impl<Key: Clone + Eq + Hash> Schedule<Key> {
                 registered.answered = asking;
             }
         }
-        if unanswered && let Some(state) = self.urls.get_mut(url) {
+        if unanswered && let Some(state) = self.repositories.get_mut(repository) {
             state.due = state.due.min(now + LEAST_GAP);
         }
-        self.forget_url(url);
+        self.forget_repository(repository);
         news
     }
 
     fn outcome(&self, interest: &Interest) -> Outcome {
-        let Some(url) = self.urls.get(&interest.url) else {
+        let Some(entry) = self.repositories.get(&interest.repository) else {
             return Outcome::Pending;
         };
-        match &url.answer {
+        match &entry.answer {
             None => Outcome::Pending,
             Some(Err(failure)) => Outcome::Failed(failure.clone()),
-            Some(Ok(_)) if !url.asked.contains(&interest.reference) => Outcome::Pending,
+            Some(Ok(_)) if !entry.asked.contains(&interest.reference) => Outcome::Pending,
             Some(Ok(commits)) if interest.range.is_some() => highest(interest, commits),
             Some(Ok(commits)) => match commits.get(&interest.reference) {
                 Some(commit) => Outcome::Found(commit.clone()),
@@ -279,7 +296,7 @@ impl<Key: Clone + Eq + Hash> Schedule<Key> {
                     reason: Reason::RefNotFound,
                     message: format!(
                         "{} has no {}; push it, or change spec.source.git.ref",
-                        interest.url, interest.reference
+                        interest.repository.url, interest.reference
                     ),
                 }),
             },
@@ -288,10 +305,10 @@ impl<Key: Clone + Eq + Hash> Schedule<Key> {
 
     /// When the next look-up is due that is not under way.
     pub fn next_due(&self) -> Option<Duration> {
-        self.urls
+        self.repositories
             .values()
-            .filter(|url| !url.running)
-            .map(|url| url.due)
+            .filter(|entry| !entry.running)
+            .map(|entry| entry.due)
             .min()
     }
 }
@@ -307,7 +324,7 @@ fn highest(interest: &Interest, commits: &BTreeMap<String, Commit>) -> Outcome {
             reason: Reason::RefNotFound,
             message: format!(
                 "{}: none of its {} tags is a version in the range {text:?}; push one, or change spec.source.git.ref.semver",
-                interest.url,
+                interest.repository.url,
                 tags(commits)
             ),
         }),
@@ -317,7 +334,11 @@ fn highest(interest: &Interest, commits: &BTreeMap<String, Commit>) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
+
     use crate::controller::testing::commit;
+    use crate::git_credential::GitCredential;
+    use crate::seal::SecretBytes;
 
     const MIDDLE: f64 = 0.5;
 
@@ -325,9 +346,26 @@ mod tests {
         Duration::from_secs(n)
     }
 
+    fn repository(url: &str) -> Repository {
+        Repository {
+            url: url.to_owned(),
+            credential: None,
+        }
+    }
+
+    fn with_password(url: &str, password: &str) -> Repository {
+        let data = [("username", "u"), ("password", password)]
+            .map(|(key, value)| (key.to_owned(), SecretBytes::new(value.into())));
+        let credential = GitCredential::parse(url, &data.into()).unwrap_or_else(|e| panic!("{e}"));
+        Repository {
+            url: url.to_owned(),
+            credential: Some(Arc::new(credential)),
+        }
+    }
+
     fn interest(reference: &str) -> Interest {
         Interest {
-            url: "u".into(),
+            repository: repository("u"),
             reference: reference.into(),
             range: None,
             interval: seconds(60),
@@ -363,7 +401,7 @@ mod tests {
         assert_eq!(due.len(), 1);
         assert_eq!(due[0].references, ["r".to_owned(), "s".to_owned()].into());
         assert_eq!(schedule.start(seconds(0), 8), [], "one at a time");
-        let mut news = schedule.answer("u", found('a'), seconds(1), MIDDLE);
+        let mut news = schedule.answer(&repository("u"), found('a'), seconds(1), MIDDLE);
         news.sort_unstable();
         assert_eq!(news, [1, 2]);
         let outcome =
@@ -375,10 +413,13 @@ mod tests {
         assert_eq!(failure.reason, Reason::RefNotFound);
         assert_eq!(schedule.next_due(), Some(seconds(61)));
         schedule.start(seconds(61), 8);
-        let news = schedule.answer("u", found('a'), seconds(62), MIDDLE);
+        let news = schedule.answer(&repository("u"), found('a'), seconds(62), MIDDLE);
         assert!(news.is_empty(), "nothing is new");
         schedule.start(seconds(200), 8);
-        assert_eq!(schedule.answer("u", found('b'), seconds(201), MIDDLE), [1]);
+        assert_eq!(
+            schedule.answer(&repository("u"), found('b'), seconds(201), MIDDLE),
+            [1]
+        );
     }
 
     #[test]
@@ -389,14 +430,14 @@ mod tests {
         let mut waits = Vec::new();
         for _ in 0..9 {
             schedule.start(now, 8);
-            schedule.answer("u", failed(), now, 1.0);
+            schedule.answer(&repository("u"), failed(), now, 1.0);
             let due = schedule.next_due().unwrap_or_default();
             waits.push((due - now).as_secs());
             now = due;
         }
         assert_eq!(waits, [5, 10, 20, 40, 80, 160, 320, 600, 600]);
         schedule.start(now, 8);
-        schedule.answer("u", found('a'), now, MIDDLE);
+        schedule.answer(&repository("u"), found('a'), now, MIDDLE);
         assert_eq!(schedule.next_due(), Some(now + seconds(60)));
     }
 
@@ -436,7 +477,7 @@ mod tests {
         schedule.want(&1, interest("s"), seconds(3), MIDDLE);
         assert_eq!(schedule.next_due(), Some(seconds(3)));
         schedule.start(seconds(3), 8);
-        schedule.answer("u", found('a'), seconds(4), MIDDLE);
+        schedule.answer(&repository("u"), found('a'), seconds(4), MIDDLE);
         schedule.want(&1, interest("r"), seconds(9), MIDDLE);
         assert_eq!(schedule.next_due(), Some(seconds(9)));
     }
@@ -449,11 +490,14 @@ mod tests {
         // It comes while a look-up is under way.
         let (lookup, _) = schedule.want(&1, requesting("x"), seconds(1), MIDDLE);
         assert_eq!(lookup.answered_request, None);
-        schedule.answer("u", found('a'), seconds(2), MIDDLE);
+        schedule.answer(&repository("u"), found('a'), seconds(2), MIDDLE);
         let (lookup, _) = schedule.want(&1, requesting("x"), seconds(2), MIDDLE);
         assert_eq!(lookup.answered_request, None, "it began before the request");
         assert_eq!(schedule.start(seconds(3), 8).len(), 1);
-        assert_eq!(schedule.answer("u", found('a'), seconds(4), MIDDLE), [1]);
+        assert_eq!(
+            schedule.answer(&repository("u"), found('a'), seconds(4), MIDDLE),
+            [1]
+        );
         let (lookup, hastened) = schedule.want(&1, requesting("x"), seconds(4), MIDDLE);
         assert_eq!(lookup.answered_request, Some("x".into()));
         assert!(!hastened);
@@ -474,7 +518,7 @@ mod tests {
         let mut schedule = Schedule::<u64>::default();
         schedule.want(&1, requesting("1"), seconds(0), MIDDLE);
         schedule.start(seconds(0), 8);
-        schedule.answer("u", found('a'), seconds(0), MIDDLE);
+        schedule.answer(&repository("u"), found('a'), seconds(0), MIDDLE);
         schedule.want(&1, requesting("2"), Duration::from_millis(10), MIDDLE);
         assert_eq!(schedule.next_due(), Some(LEAST_GAP));
     }
@@ -484,12 +528,13 @@ mod tests {
         let mut schedule = Schedule::<u64>::default();
         for n in 0..4_u64 {
             let interest = Interest {
-                url: format!("u{n}"),
+                repository: repository(&format!("u{n}")),
                 ..interest("r")
             };
             schedule.want(&n, interest, seconds(4 - n), MIDDLE);
         }
-        let urls = |due: Vec<Due>| -> Vec<String> { due.into_iter().map(|d| d.url).collect() };
+        let urls =
+            |due: Vec<Due>| -> Vec<String> { due.into_iter().map(|d| d.repository.url).collect() };
         assert_eq!(urls(schedule.start(seconds(9), 2)), ["u3", "u2"]);
         assert_eq!(urls(schedule.start(seconds(9), 1)), ["u1"]);
     }
@@ -504,17 +549,20 @@ mod tests {
         schedule.start(seconds(0), 8);
         schedule.forget(&2);
         assert_eq!(
-            schedule.answer("u", found('a'), seconds(1), MIDDLE),
+            schedule.answer(&repository("u"), found('a'), seconds(1), MIDDLE),
             Vec::<u64>::new()
         );
-        assert!(schedule.urls.is_empty());
+        assert!(schedule.repositories.is_empty());
         let moved = Interest {
-            url: "v".into(),
+            repository: repository("v"),
             ..interest("r")
         };
         schedule.want(&1, interest("r"), seconds(2), MIDDLE);
         schedule.want(&1, moved, seconds(2), MIDDLE);
-        assert_eq!(schedule.urls.keys().collect::<Vec<_>>(), ["v"]);
+        assert_eq!(
+            schedule.repositories.keys().collect::<Vec<_>>(),
+            [&repository("v")]
+        );
     }
 
     #[test]
@@ -525,7 +573,9 @@ mod tests {
         }
         assert_eq!(schedule.start(seconds(0), 8).len(), 1);
         assert_eq!(
-            schedule.answer("u", found('a'), seconds(1), MIDDLE).len(),
+            schedule
+                .answer(&repository("u"), found('a'), seconds(1), MIDDLE)
+                .len(),
             50
         );
         assert_eq!(schedule.start(seconds(2), 8), []);
@@ -535,7 +585,9 @@ mod tests {
         }
         assert_eq!(schedule.start(seconds(3), 8).len(), 1);
         assert_eq!(
-            schedule.answer("u", found('b'), seconds(4), MIDDLE).len(),
+            schedule
+                .answer(&repository("u"), found('b'), seconds(4), MIDDLE)
+                .len(),
             50
         );
         for key in 0..50 {
@@ -562,7 +614,7 @@ mod tests {
         let mut look = |now: u64, answer| {
             schedule.want(&1, wanted(), seconds(now), MIDDLE);
             assert_eq!(schedule.start(seconds(now), 8).len(), 1);
-            let news = schedule.answer("u", answer, seconds(now), MIDDLE);
+            let news = schedule.answer(&repository("u"), answer, seconds(now), MIDDLE);
             let (lookup, _) = schedule.want(&1, wanted(), seconds(now), MIDDLE);
             (news, lookup.outcome)
         };
@@ -581,6 +633,44 @@ mod tests {
         assert!(
             failure.message.contains("\"1.x\"") && failure.message.contains("2 tags"),
             "{failure}"
+        );
+    }
+
+    #[test]
+    fn one_credential_is_never_answered_by_what_another_was_told() {
+        let mut schedule = Schedule::<u64>::default();
+        let wants = |password: &str, known| Interest {
+            repository: with_password("https://h/r", password),
+            known,
+            ..interest("r")
+        };
+        schedule.want(&1, wants("good", false), seconds(0), MIDDLE);
+        schedule.want(&2, wants("good", false), seconds(0), MIDDLE);
+        schedule.want(&3, wants("bad", false), seconds(0), MIDDLE);
+        assert_eq!(
+            schedule.start(seconds(0), 8).len(),
+            2,
+            "one for each credential"
+        );
+        let good = with_password("https://h/r", "good");
+        assert_eq!(
+            schedule.answer(&good, found('a'), seconds(1), MIDDLE).len(),
+            2
+        );
+        let outcome =
+            |s: &mut Schedule<u64>, key, wanted| s.want(&key, wanted, seconds(1), MIDDLE).0.outcome;
+        assert_eq!(
+            outcome(&mut schedule, 3, wants("bad", false)),
+            Outcome::Pending
+        );
+        // Rotated: asked at once with the new one, although a commit is known.
+        schedule.want(&1, wants("new", true), seconds(5), MIDDLE);
+        let due = schedule.start(seconds(5), 8);
+        assert_eq!(due.len(), 1);
+        assert_eq!(due[0].repository, with_password("https://h/r", "new"));
+        assert_eq!(
+            outcome(&mut schedule, 2, wants("good", true)),
+            Outcome::Found(commit('a'))
         );
     }
 }

@@ -20,8 +20,14 @@ pub(super) enum Diagnosis {
 /// Characters of git's words in a message.
 const SHOWN_CHARACTERS: usize = 500;
 
-/// Reads the end of a fetch that did not succeed; `log` is the end of what git said, in the C locale.
-pub(super) fn diagnose(source: &SourceUrl, result: &StepResult, log: &str) -> Diagnosis {
+/// Reads the end of a fetch that did not succeed, with or without a credential; `log` is the end of what git said, in
+/// the C locale.
+pub(super) fn diagnose(
+    source: &SourceUrl,
+    credential: bool,
+    result: &StepResult,
+    log: &str,
+) -> Diagnosis {
     let said = last_words(log);
     let failure = |reason, message: String| FetchFailure {
         reason,
@@ -82,17 +88,26 @@ pub(super) fn diagnose(source: &SourceUrl, result: &StepResult, log: &str) -> Di
     let matches = |patterns: &[&str]| patterns.iter().any(|pattern| log.contains(pattern));
     // What the server says comes first: damage is told by words that no server's line begins with.
     if matches(&HOST_KEY) {
+        let place = match credential {
+            true => "known_hosts of the Secret of spec.source.git.secretRef",
+            false => "the node's /etc/ssh/ssh_known_hosts",
+        };
         return Diagnosis::Failed(failure(
             Reason::HostKeyMismatch,
-            format!(
-                "the server's host key is not in the node's /etc/ssh/ssh_known_hosts, or is another one there: {said}"
-            ),
+            format!("the server's host key is not in {place}, or is another one there: {said}"),
         ));
     }
     if matches(&AUTHENTICATION) {
         return Diagnosis::Failed(failure(
             Reason::AuthenticationFailed,
-            format!("the server wants other credentials, or the repository does not exist: {said}"),
+            match credential {
+                true => format!(
+                    "the server refuses the Secret of spec.source.git.secretRef, or that may not read the repository, or there is none of this name: {said}"
+                ),
+                false => format!(
+                    "the server wants credentials (spec.source.git.secretRef), or the repository does not exist: {said}"
+                ),
+            },
         ));
     }
     if let Some(fault) = log.lines().map(str::trim).rfind(|line| is_fault(line)) {
@@ -221,6 +236,7 @@ mod tests {
         let source = SourceUrl::parse("https://h/r.git").unwrap_or_else(|e| panic!("{e}"));
         diagnose(
             &source,
+            false,
             &StepResult {
                 result: result.into(),
                 code,

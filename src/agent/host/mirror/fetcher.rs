@@ -14,9 +14,10 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
+use super::credentials::{self, CREDENTIAL_PATH};
 use super::refs;
 use super::schedule::{Action, MirrorState, Schedule, Seen, Start, Unit};
-use super::step::{KNOWN_HOSTS, KNOWN_HOSTS_PATH, Paths, SCRIPT, fetch_step};
+use super::step::{Hold, KNOWN_HOSTS, KNOWN_HOSTS_PATH, Paths, SCRIPT, fetch_step};
 use super::{MirrorKey, Want};
 use crate::agent::host::store::{self, Store, StoreError, write_durably};
 use crate::agent::host::systemd::{Systemd, SystemdError};
@@ -24,6 +25,7 @@ use crate::agent::host::unit::{
     CHECKOUT_FILE, CHECKOUT_SCRIPT, UnitError, fetch_unit_name, step_properties,
 };
 use crate::api::names::AppName;
+use crate::git_credential::GitCredential;
 
 /// How long a fetch's unit may take to stop; its processes are killed after 10 s.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
@@ -97,6 +99,8 @@ pub(super) struct Inner {
     wake: Box<dyn Fn(&AppName) + Send + Sync>,
     started: Instant,
     schedule: Mutex<Schedule>,
+    /// What the mirrors that somebody wants something of are read with.
+    credentials: Mutex<BTreeMap<MirrorKey, Arc<GitCredential>>>,
     look: Notify,
 }
 
@@ -119,15 +123,26 @@ impl Mirrors {
                 wake: Box::new(wake),
                 started: Instant::now(),
                 schedule,
+                credentials: Mutex::default(),
                 look: Notify::new(),
             }),
         }
     }
 
-    /// The app wants a commit; the newest want counts, and the same one again changes nothing.
-    pub fn want(&self, app: &AppName, want: Want) {
-        let path = self.mirror(&MirrorKey::of(&want.source));
-        self.schedule().want(self.now(), app, want, path);
+    /// The app wants a commit; the newest want counts, and the same one again changes nothing. `credential` is the
+    /// one that the want names.
+    pub fn want(&self, app: &AppName, want: Want, credential: Option<Arc<GitCredential>>) {
+        let key = want.key();
+        let path = self.mirror(&key);
+        {
+            let mut schedule = self.schedule();
+            schedule.want(self.now(), app, want, path);
+            let mut credentials = self.credentials();
+            credentials.retain(|key, _| schedule.is_wanted(key));
+            if let Some(credential) = credential {
+                credentials.insert(key, credential);
+            }
+        }
         self.inner.look.notify_one();
     }
 
@@ -190,6 +205,9 @@ impl Mirrors {
         if let Err(error) = self.install_scripts() {
             // Each fetch tries again.
             warn!(%error, "the scripts of the fetches cannot be written");
+        }
+        if let Err(error) = self.remove_leftovers().await {
+            warn!(%error, "files of credentials in /run/kari/git cannot be removed");
         }
         let mut known = BTreeMap::new();
         loop {
@@ -275,7 +293,7 @@ impl Mirrors {
             Some(state) if state.active_state.is_stopped() || state.sub_state == "exited" => {
                 Unit::Ended {
                     result: state.step_result(),
-                    log: log_tail(&self.log(key)),
+                    log: self.masked_log(key)?,
                 }
             }
             Some(_) => Unit::Running,
@@ -301,6 +319,10 @@ impl Mirrors {
             systemd, settings, ..
         } = &*self.inner;
         let mirror = self.mirror(key);
+        let credential = self.credentials().get(key).map(Arc::clone);
+        if credential.is_some() {
+            self.take_over(key, holds).await?;
+        }
         store::make_folder(&mirror, 0o755, Some(settings.uid))?;
         let script = self.install_scripts()?;
         let log = self.log(key);
@@ -310,6 +332,7 @@ impl Mirrors {
             script,
             log,
         };
+        let access = credential.map(|credential| credential.access(Path::new(CREDENTIAL_PATH)));
         let mut step = fetch_step(
             source,
             paths,
@@ -317,6 +340,7 @@ impl Mirrors {
             &settings.tool_path,
             *mode,
             holds,
+            access.as_ref(),
         );
         // Without it no host is known.
         if Path::new(KNOWN_HOSTS).exists() {
@@ -329,6 +353,11 @@ impl Mirrors {
             self.stop(key).await?;
             *upkeep = None;
         }
+        if let Some(access) = &access {
+            credentials::write(key, access, settings.uid)?;
+            step.read_only
+                .push((credentials::folder(key), CREDENTIAL_PATH.to_owned()));
+        }
         match systemd
             .start_transient(&fetch_unit_name(key.as_str()), &step_properties(&step)?)
             .await
@@ -337,6 +366,78 @@ impl Mirrors {
             Ok(()) | Err(SystemdError::UnitExists { .. }) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Goes on with the mirror of the same repository that was filled with an earlier credential, if it holds
+    /// commits for nobody but those who want this one: what is in it they have had. Not so for a repository that
+    /// everybody may read now: others would see what was private.
+    async fn take_over(&self, key: &MirrorKey, holds: &[Hold]) -> Result<(), MirrorError> {
+        let mirror = self.mirror(key);
+        if mirror.exists() {
+            return Ok(());
+        }
+        for other in self.keys()? {
+            if !other.is_of_the_same_url(key) || self.schedule().is_wanted(&other) {
+                continue;
+            }
+            let earlier = self.mirror(&other);
+            let holders =
+                refs::holders(&earlier).map_err(at("list the references of", &earlier))?;
+            let are_these = |app: &AppName| holds.iter().any(|hold| hold.app == *app);
+            if holders.is_empty() || !holders.iter().all(are_these) {
+                continue;
+            }
+            {
+                let mut upkeep = self.inner.upkeep.lock().await;
+                self.stop(&other).await?;
+                upkeep.take_if(|upkept| *upkept == other);
+            }
+            info!(
+                mirror = key.as_str(),
+                of = other.as_str(),
+                "another credential, the same mirror"
+            );
+            store::remove(&self.log(&other))?;
+            fs::rename(&earlier, &mirror).map_err(at("rename", &earlier))?;
+            return Ok(());
+        }
+        Ok(())
+    }
+
+    /// What git said, without what is secret of the credential, on the disk too: a server can say what it was sent.
+    fn masked_log(&self, key: &MirrorKey) -> Result<String, StoreError> {
+        let path = self.log(key);
+        let log = log_tail(&path);
+        let Some(credential) = self.credentials().get(key).map(Arc::clone) else {
+            return Ok(log);
+        };
+        let masked = credential.mask(&log);
+        if masked != log {
+            write_durably(&path, masked.as_bytes(), 0o600)?;
+        }
+        Ok(masked)
+    }
+
+    /// Removes files of credentials whose fetch ended while no agent ran.
+    async fn remove_leftovers(&self) -> Result<(), MirrorError> {
+        for key in credentials::keys()? {
+            let unit = fetch_unit_name(key.as_str());
+            let state = self.inner.systemd.get_unit_state(&unit).await?;
+            let runs = state.is_some_and(|state| {
+                !state.active_state.is_stopped() && state.sub_state != "exited"
+            });
+            if !runs {
+                credentials::remove(&key)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn credentials(&self) -> MutexGuard<'_, BTreeMap<MirrorKey, Arc<GitCredential>>> {
+        self.inner
+            .credentials
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The script of the fetches, and that of the checkouts, which needs what fetches brought. Written at the
@@ -359,7 +460,8 @@ impl Mirrors {
     pub(super) async fn stop(&self, key: &MirrorKey) -> Result<(), MirrorError> {
         let unit = fetch_unit_name(key.as_str());
         let _ = self.inner.systemd.kill_unit(&unit, SIGKILL).await;
-        Ok(self.inner.systemd.stop_unit(&unit, STOP_LIMIT).await?)
+        self.inner.systemd.stop_unit(&unit, STOP_LIMIT).await?;
+        Ok(credentials::remove(key)?)
     }
 
     fn drop_mirror(&self, key: &MirrorKey) -> Result<(), MirrorError> {

@@ -70,6 +70,7 @@ fn asked(want: &Want) -> String {
         commit,
         base,
         submodules,
+        credential: _,
     } = want;
     format!(
         "{commit} {} {}",
@@ -221,6 +222,7 @@ mod tests {
             commit: commit.clone(),
             base: None,
             submodules: true,
+            credential: None,
         };
         for folder in ["refs/kari/web", "findings/web"] {
             fs::create_dir_all(mirror.path().join(folder))?;

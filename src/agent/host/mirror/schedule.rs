@@ -145,6 +145,10 @@ impl Mirror {
         self.held.get(app).filter(|_| !self.suspected)?.answer(want)
     }
 
+    fn has_credential(&self) -> bool {
+        self.wants.values().any(|want| want.credential.is_some())
+    }
+
     fn is_satisfied(&self) -> bool {
         self.wants
             .iter()
@@ -175,7 +179,7 @@ impl Schedule {
 
     /// The newest want of an app counts; `path` is where the mirror is.
     pub fn want(&mut self, now: Duration, app: &AppName, want: Want, path: PathBuf) {
-        let key = MirrorKey::of(&want.source);
+        let key = want.key();
         for (other, mirror) in &mut self.mirrors {
             if *other != key {
                 mirror.wants.remove(app);
@@ -440,7 +444,7 @@ impl Mirror {
         result: &StepResult,
         log: &str,
     ) -> Action {
-        match diagnose(&self.source, result, log) {
+        match diagnose(&self.source, self.has_credential(), result, log) {
             Diagnosis::Failed(failure) => {
                 self.fail(now, chance, failure);
                 Action::Stop

@@ -6,6 +6,7 @@ use super::{SourceUrl, Transport, Want};
 use crate::agent::host::jail::MIRROR_PATH;
 use crate::agent::host::unit::{StepLimits, StepSpec};
 use crate::api::names::{AppName, Commit};
+use crate::git_credential::{GitAccess, SSH};
 
 /// The end of the script when a commit is in none of the repository's branches and tags.
 pub const EXIT_COMMIT_MISSING: i32 = 20;
@@ -39,7 +40,7 @@ const UPKEEP_SCRIPT_PATH: &str = "/var/lib/kari/upkeep";
 /// The host keys that the node knows. The jail hides the folder, as the node's own keys are beside it.
 pub(super) const KNOWN_HOSTS: &str = "/etc/ssh/ssh_known_hosts";
 
-/// Where they are in the jail, as [`SSH`] has it.
+/// Where they are in the jail, as [`WITHOUT_KEY`] has it.
 pub(super) const KNOWN_HOSTS_PATH: &str = "/var/lib/kari/known_hosts";
 
 /// Where the script is in the jail.
@@ -67,7 +68,7 @@ pub(super) fn upkeep_step(paths: Paths, user: &str, tool_path: &str) -> StepSpec
         timeout_seconds: UPKEEP_TIMEOUT_SECONDS,
         limits: FETCH_LIMITS,
         network: false,
-        environment: environment(Transport::Https, tool_path),
+        environment: environment(Transport::Https, tool_path, None),
         environment_file: None,
         read_only: vec![(script, UPKEEP_SCRIPT_PATH.to_owned())],
         writable: vec![(mirror, MIRROR_PATH.to_owned())],
@@ -108,6 +109,7 @@ pub(super) fn fetch_step(
     tool_path: &str,
     mode: Mode,
     holds: &[Hold],
+    access: Option<&GitAccess>,
 ) -> StepSpec {
     let Paths {
         mirror,
@@ -147,6 +149,7 @@ pub(super) fn fetch_step(
             commit,
             base,
             submodules,
+            credential: _,
         } = want;
         command.extend([
             commit.to_string(),
@@ -162,7 +165,7 @@ pub(super) fn fetch_step(
         timeout_seconds: FETCH_TIMEOUT_SECONDS,
         limits: FETCH_LIMITS,
         network: true,
-        environment: environment(source.transport, tool_path),
+        environment: environment(source.transport, tool_path, access),
         environment_file: None,
         read_only: vec![(script, FETCH_SCRIPT_PATH.to_owned())],
         writable: vec![(mirror, MIRROR_PATH.to_owned())],
@@ -184,7 +187,11 @@ pub(super) fn submodules_word(submodules: bool) -> &'static str {
 }
 
 /// All that git takes from its surroundings; nothing of the node's own configuration.
-fn environment(transport: Transport, tool_path: &str) -> Vec<(String, String)> {
+fn environment(
+    transport: Transport,
+    tool_path: &str,
+    access: Option<&GitAccess>,
+) -> Vec<(String, String)> {
     let allowed = match transport {
         Transport::Https => "https",
         // Many servers lead from http to https.
@@ -202,7 +209,12 @@ fn environment(transport: Transport, tool_path: &str) -> Vec<(String, String)> {
         ("GIT_CONFIG_GLOBAL", "/dev/null".to_owned()),
         ("GIT_ALLOW_PROTOCOL", allowed.to_owned()),
         ("GIT_TERMINAL_PROMPT", "0".to_owned()),
-        ("GIT_SSH_COMMAND", SSH.to_owned()),
+        (
+            "GIT_SSH_COMMAND",
+            access
+                .and_then(|access| access.ssh.clone())
+                .unwrap_or_else(|| format!("{SSH} {WITHOUT_KEY}")),
+        ),
     ]
     .map(|(name, value)| (name.to_owned(), value))
     .to_vec();
@@ -213,6 +225,8 @@ fn environment(transport: Transport, tool_path: &str) -> Vec<(String, String)> {
         .map(|(key, value)| (key.to_owned(), value.to_owned()))
         .into_iter()
         .chain(tolerated)
+        // Last, as they win, and as those before take helpers away.
+        .chain(access.iter().flat_map(|access| access.settings.clone()))
         .collect();
     environment.push(("GIT_CONFIG_COUNT".to_owned(), settings.len().to_string()));
     for (at, (key, value)) in settings.into_iter().enumerate() {
@@ -222,8 +236,9 @@ fn environment(transport: Transport, tool_path: &str) -> Vec<(String, String)> {
     environment
 }
 
-/// No question, no key, no host that the node's /etc/ssh/ssh_known_hosts does not know, no connection that hangs for more than a minute.
-const SSH: &str = "ssh -F none -o BatchMode=yes -o StrictHostKeyChecking=yes -o UserKnownHostsFile=none -o GlobalKnownHostsFile=/var/lib/kari/known_hosts -o IdentitiesOnly=yes -o IdentityFile=none -o ConnectTimeout=15 -o ServerAliveInterval=15 -o ServerAliveCountMax=4";
+/// What ssh is told where there is no credential: no key, and no host that the node's /etc/ssh/ssh_known_hosts does
+/// not know.
+const WITHOUT_KEY: &str = "-o UserKnownHostsFile=none -o GlobalKnownHostsFile=/var/lib/kari/known_hosts -o IdentityFile=none";
 
 const CONFIGURATION: [(&str, &str); 16] = [
     ("core.hooksPath", "/dev/null"),
@@ -545,9 +560,18 @@ mod tests {
                 reference: Some("refs/heads/main".into()),
                 base: None,
                 submodules: true,
+                credential: None,
             },
         };
-        fetch_step(&source, paths, "kari-git", "/usr/bin:/bin", mode, &[hold])
+        fetch_step(
+            &source,
+            paths,
+            "kari-git",
+            "/usr/bin:/bin",
+            mode,
+            &[hold],
+            None,
+        )
     }
 
     #[test]
@@ -596,7 +620,7 @@ mod tests {
     #[test]
     fn ssh_knows_the_hosts_that_are_bound_for_it() {
         let option = format!("-o GlobalKnownHostsFile={KNOWN_HOSTS_PATH} ");
-        assert!(SSH.contains(&option), "{SSH}");
+        assert!(WITHOUT_KEY.contains(&option), "{WITHOUT_KEY}");
     }
 
     #[test]

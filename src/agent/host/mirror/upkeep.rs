@@ -13,7 +13,7 @@ use tracing::{info, warn};
 
 use super::fetcher::{MirrorError, Mirrors, at};
 use super::step::{Paths, upkeep_step};
-use super::{MirrorKey, SourceUrl, refs};
+use super::{MirrorKey, refs};
 use crate::agent::host::store::{self, write_durably};
 use crate::agent::host::systemd::SystemdError;
 use crate::agent::host::unit::{fetch_unit_name, step_properties};
@@ -39,22 +39,19 @@ git prune --expire=now
 "#;
 
 impl Mirrors {
-    /// Lets go of what is held for apps that are not in `uses` with that repository, and of mirrors that hold
+    /// Lets go of what is held for apps that are not in `uses` with that mirror, and of mirrors that hold
     /// nothing. How many mirrors that were.
     pub async fn collect(
         &self,
-        uses: &BTreeSet<(AppName, SourceUrl)>,
+        uses: &BTreeSet<(AppName, MirrorKey)>,
     ) -> Result<usize, MirrorError> {
-        let uses: BTreeSet<(&AppName, MirrorKey)> = uses
-            .iter()
-            .map(|(app, source)| (app, MirrorKey::of(source)))
-            .collect();
         let mut dropped = 0;
         for key in self.keys()? {
             let mirror = self.mirror(&key);
             let holders = refs::holders(&mirror).map_err(at("list the references of", &mirror))?;
             for app in holders {
-                if !uses.contains(&(&app, key.clone())) && !self.schedule().is_wanted_by(&key, &app)
+                if !uses.contains(&(app.clone(), key.clone()))
+                    && !self.schedule().is_wanted_by(&key, &app)
                 {
                     refs::release(&mirror, &app)
                         .map_err(at("let go of a reference in", &mirror))?;

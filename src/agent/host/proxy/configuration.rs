@@ -5,7 +5,9 @@
 //! main.conf           all that stands outside of `http`
 //! http.conf           all that every virtual host shares, and the server that refuses
 //! vhosts/<app>.conf   one per Deployment; hidden (.x) while it is written, .bad when it was refused at a start
-//! guard.sh            run before each start: sets aside what nginx refuses, so that the rest starts
+//! certificates/       certificates and keys, 0600 and root's: <app>.<digest>.{crt,key}
+//! guard.sh            run before each start: brings copies of these to where nginx reads them, and sets aside
+//!                     what nginx refuses, so that the rest starts
 //! ```
 //!
 //! Invariants: no text of a user's reaches a file but host names and paths, which
@@ -14,7 +16,7 @@
 
 use std::path::Path;
 
-use super::{ProxySettings, Route, RouteTarget, VirtualHost};
+use super::{CertificateId, ProxySettings, Route, RouteTarget, VirtualHost, certificate_of};
 use crate::api::names::{AppName, hex_digest};
 
 /// The unit.
@@ -58,6 +60,22 @@ const LARGEST_WORKER_COUNT: usize = 4;
 
 /// What the unit needs at run time; a reboot may lose it.
 pub const RUN_FOLDER: &str = "/run/kari/proxy";
+
+/// The folder of certificates and keys below the proxy's, which no reboot loses.
+pub const CERTIFICATE_FOLDER: &str = "certificates";
+
+/// Where nginx, which is not root, reads its copies of them.
+pub const CERTIFICATE_RUN_FOLDER: &str = "/run/kari/proxy/certificates";
+
+/// The files of a certificate and of its key.
+pub fn certificate_files(app: &AppName, certificate: &CertificateId) -> [String; 2] {
+    ["crt", "key"].map(|kind| format!("{}{certificate}.{kind}", certificate_files_of(app)))
+}
+
+/// How the names of an app's certificates begin.
+pub fn certificate_files_of(app: &AppName) -> String {
+    format!("{app}.")
+}
 
 /// While this file is there, an answer is the last one of its connection. nginx closes idle connections at
 /// a reload, and a request that is on its way in that moment is lost with a reset; so connections in
@@ -137,7 +155,9 @@ events {{
 
 fn render_http(settings: &ProxySettings) -> String {
     let rules = render_http_rules(settings);
-    let listen = listen(settings, " default_server backlog=4096");
+    let parameters = " default_server backlog=4096";
+    let listen = listen(settings, settings.http_port, parameters);
+    let refusing = render_tls_refusal(settings, parameters);
     let digest = settings_digest(settings);
     let identity = identity(&format!("kari-proxy {digest}"));
     format!(
@@ -152,11 +172,34 @@ server {{
         return 421 \"no Deployment on this node serves this host name\\n\";
     }}
 }}
+{refusing}"
+    )
+}
+
+/// The server for TLS to host names that have no certificate: it says nothing that could be taken for one.
+fn render_tls_refusal(settings: &ProxySettings, parameters: &str) -> String {
+    if settings.https_port == 0 {
+        return String::new();
+    }
+    let listen = listen(
+        settings,
+        settings.https_port,
+        &format!(" ssl http2{parameters}"),
+    );
+    format!(
+        "server {{
+{listen}    server_name _;
+    ssl_reject_handshake on;
+    default_type text/plain;
+    return 421 \"no Deployment on this node serves this host name by https\\n\";
+}}
 "
     )
 }
 
-fn render_http_rules(_: &ProxySettings) -> String {
+fn render_http_rules(settings: &ProxySettings) -> String {
+    // In the digest of the settings.
+    let https = format!("# https on port {}", settings.https_port);
     format!(
         "\
 access_log off;
@@ -233,13 +276,27 @@ map \"$kari_local $http_kari_measure\" $kari_answered_by {{
     default '';
     '1 1' '$upstream_addr;$upstream_header_time';
 }}
+
+{https}
+ssl_protocols TLSv1.2 TLSv1.3;
+ssl_ciphers ECDHE+AESGCM:ECDHE+CHACHA20;
+ssl_prefer_server_ciphers off;
+ssl_session_cache shared:kari:8m;
+ssl_session_timeout 1h;
+ssl_session_tickets off;
+# Who came in the clear to a host with a certificate is sent to https, unless a proxy in front says that the
+# client came by TLS, or it is this node itself that measures.
+map \"$scheme:$http_x_forwarded_proto $kari_local $http_kari_measure\" $kari_to_https {{
+    default '';
+    '~^http:(?!https ).* 1 1$' '';
+    '~^http:(?!https )' 1;
+}}
 "
     )
 }
 
 /// `listen` directives; IPv6 only where the node has it, as nginx does not start otherwise.
-fn listen(settings: &ProxySettings, parameters: &str) -> String {
-    let port = settings.http_port;
+fn listen(settings: &ProxySettings, port: u16, parameters: &str) -> String {
     let mut text = format!("    listen {port}{parameters};\n");
     if settings.ipv6 {
         text.push_str(&format!("    listen [::]:{port}{parameters};\n"));
@@ -281,6 +338,7 @@ pub fn render_virtual_host(host: &VirtualHost, settings: &ProxySettings, folder:
         path: _,
         target,
         probe_path: _,
+        certificate: _,
     } in routes
     {
         let upstream = upstream_name(app, process);
@@ -299,7 +357,7 @@ pub fn render_virtual_host(host: &VirtualHost, settings: &ProxySettings, folder:
         }
     }
     let identity = identity(&release_id.to_string());
-    let listen = listen(settings, "");
+    let listen = listen(settings, settings.http_port, "");
     let folder = folder.join(PAUSED_FOLDER);
     for (names, routes) in servers {
         let names = names.join(" ");
@@ -309,15 +367,38 @@ pub fn render_virtual_host(host: &VirtualHost, settings: &ProxySettings, folder:
             .map(|route| render_locations(app, route, &folder))
             .collect();
         let others = if has_all { "" } else { NO_SUCH_PATH };
+        let tls = certificate_of(&routes)
+            .map(|certificate| render_tls(app, certificate, settings))
+            .unwrap_or_default();
         text.push_str(&format!(
             "server {{
-{listen}    server_name {names};
+{listen}{tls}    server_name {names};
     add_header {ANSWERED_BY_HEADER} $kari_answered_by always;
 {identity}{locations}{others}}}
 "
         ));
     }
     text
+}
+
+/// What a server has besides where its hosts have a certificate: the port, the files, and that requests in the
+/// clear are sent there. 308, so that a POST stays one.
+fn render_tls(app: &AppName, certificate: &CertificateId, settings: &ProxySettings) -> String {
+    let port = settings.https_port;
+    let listen = listen(settings, port, " ssl http2");
+    let [chain, key] = certificate_files(app, certificate);
+    let place = match port {
+        443 => String::new(),
+        other => format!(":{other}"),
+    };
+    format!(
+        "{listen}    ssl_certificate {CERTIFICATE_RUN_FOLDER}/{chain};
+    ssl_certificate_key {CERTIFICATE_RUN_FOLDER}/{key};
+    if ($kari_to_https) {{
+        return 308 https://$host{place}$request_uri;
+    }}
+"
+    )
 }
 
 /// Answers where no route has the path.
@@ -339,6 +420,7 @@ fn render_locations(app: &AppName, route: &Route, pause_folder: &Path) -> String
         path,
         target,
         probe_path: _,
+        certificate: _,
     } = route;
     let upstream = upstream_name(app, process);
     let (rules, named) = match target {
@@ -424,7 +506,7 @@ fn render_upstream(name: &str, primary: u16, backup: Option<u16>) -> String {
     )
 }
 
-/// Tries all files before a start. If nginx refuses them, tries each alone and sets aside (.bad) those
+/// Copies the certificates, and tries all files before a start. If nginx refuses them, tries each alone and sets aside (.bad) those
 /// that are refused: one bad file must not keep all Deployments down after a boot.
 fn render_guard(settings: &ProxySettings, folder: &Path) -> String {
     let all = render_top(folder, "$run", "vhosts/*.conf");
@@ -439,6 +521,11 @@ set -u
 run={RUN_FOLDER}/guard
 mkdir -p $run
 trap 'rm -rf $run' EXIT
+if [ -d {folder}/{CERTIFICATE_FOLDER} ]; then
+    rm -rf {CERTIFICATE_RUN_FOLDER}
+    cp -r {folder}/{CERTIFICATE_FOLDER} {CERTIFICATE_RUN_FOLDER}
+    chown -R \"$(stat -c %u:%g {RUN_FOLDER}/.)\" {CERTIFICATE_RUN_FOLDER}
+fi
 try() {{ {nginx} -t -q -c $run/nginx.conf -g \"pid $run/pid;\"; }}
 
 cat >$run/nginx.conf <<END

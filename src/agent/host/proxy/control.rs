@@ -9,18 +9,23 @@ use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::answer::{came_from, names};
+use super::certificates::Certificates;
 use super::configuration::{
     self, IDENTITY_PATH, MEASURE_HEADER, PAUSED_FOLDER, UNIT, pause_file, pause_files_of,
     render_unit, render_virtual_host, settings_digest, virtual_host_file,
 };
 use super::reload::{OldWorkers, Reloads, Worker};
-use super::{HostName, ProxySettings, RouteTarget, VirtualHost, measured_path};
+use super::{
+    CertificateId, HostName, ProxySettings, RouteTarget, VirtualHost, certificate_of,
+    measured_path, tls,
+};
 use crate::agent::host::port::holder_of;
 use crate::agent::host::probe::{self, ANY_LABEL, Answer};
 use crate::agent::host::store::{self, StoreError, UnitFiles, write_durably};
 use crate::agent::host::systemd::{ActiveState, Systemd, SystemdError};
 use crate::api::names::AppName;
 use crate::api::reasons::Reason;
+use crate::certificate::ServerCertificate;
 
 /// How long a drain may take: requests of before a switch have ended by then, or are cut when the old
 /// process stops. Websockets always last until then.
@@ -46,9 +51,11 @@ const RELOAD_TRIES: u32 = 3;
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ProxyError {
     /// Somebody else listens on the port.
-    #[error("port {port} is held by {holder}: stop it, or give the agent another --http-port")]
+    #[error(
+        "port {port} is held by {holder}: stop it, or give the agent another --http-port or --https-port"
+    )]
     PortHeld {
-        /// The port for HTTP.
+        /// The port for HTTP, or that for HTTP over TLS.
         port: u16,
         /// Who it is, as well as can be told.
         holder: String,
@@ -72,6 +79,20 @@ pub enum ProxyError {
         host: String,
         /// What came instead.
         message: String,
+    },
+    /// A host is to be served over https, and the node does not do that.
+    #[error(
+        "{host} has a certificate, and this node's agent was started with --https-port=0: give it a port, or leave out route.tls"
+    )]
+    NoTls {
+        /// The host.
+        host: String,
+    },
+    /// A certificate is not on the disk.
+    #[error("the certificate of {host} is not on this node yet")]
+    NoCertificate {
+        /// The host.
+        host: String,
     },
     /// A file cannot be written or read.
     #[error(transparent)]
@@ -111,6 +132,7 @@ struct Inner {
     systemd: Systemd,
     settings: ProxySettings,
     reloads: Reloads,
+    certificates: Certificates,
 }
 
 impl Proxy {
@@ -123,6 +145,7 @@ impl Proxy {
     ) -> Self {
         Self {
             inner: Arc::new(Inner {
+                certificates: Certificates::new(&folder),
                 folder,
                 units,
                 reloads: Reloads::new(systemd.clone()),
@@ -144,6 +167,7 @@ impl Proxy {
         } = &*self.inner;
         store::make_folder(&self.vhosts(), 0o755, None)?;
         store::make_folder(&self.paused(), 0o755, None)?;
+        self.inner.certificates.ensure()?;
         for (name, text) in configuration::render_files(settings, folder) {
             replace(&folder.join(name), text.as_bytes())?;
         }
@@ -209,7 +233,8 @@ impl Proxy {
 
     /// The error that names who holds the port, if that is somebody else.
     async fn blame_holder_of_port(&self) -> Result<Option<ProxyError>, ProxyError> {
-        let port = self.inner.settings.http_port;
+        let settings = &self.inner.settings;
+        let ports = [settings.http_port, settings.https_port];
         let own: BTreeSet<u32> = self
             .inner
             .reloads
@@ -218,10 +243,48 @@ impl Proxy {
             .into_iter()
             .map(|(pid, _)| pid)
             .collect();
-        let found = tokio::task::spawn_blocking(move || holder_of(port, &own)).await;
+        let find = move || {
+            let mut ports = ports.into_iter().filter(|port| *port != 0);
+            ports.find_map(|port| Some((port, holder_of(port, &own)?)))
+        };
+        let found = tokio::task::spawn_blocking(find).await;
         // Best effort: not to know who it is must not hide the first error.
-        let holder = found.unwrap_or_default();
-        Ok(holder.map(|holder| ProxyError::PortHeld { port, holder }))
+        let found = found.unwrap_or_default();
+        Ok(found.map(|(port, holder)| ProxyError::PortHeld { port, holder }))
+    }
+
+    /// Whether a certificate of an app and its key are on the disk.
+    pub fn has_certificate(&self, app: &AppName, id: &CertificateId) -> bool {
+        self.inner.certificates.has(app, id)
+    }
+
+    /// Keeps a certificate of an app on the disk, to be served by [`Proxy::publish`]. It goes when a later call
+    /// of that does not need it.
+    pub fn keep_certificate(
+        &self,
+        app: &AppName,
+        id: &CertificateId,
+        certificate: &ServerCertificate,
+    ) -> Result<(), ProxyError> {
+        Ok(self.inner.certificates.keep(app, id, certificate)?)
+    }
+
+    /// Brings the host's certificates to where nginx reads them.
+    fn hand_over_certificates(&self, host: &VirtualHost) -> Result<(), ProxyError> {
+        for (name, routes) in host.routes_by_host() {
+            let Some(id) = certificate_of(&routes) else {
+                continue;
+            };
+            let host_name = || name.to_string();
+            if self.inner.settings.https_port == 0 {
+                return Err(ProxyError::NoTls { host: host_name() });
+            }
+            if !self.inner.certificates.has(&host.app, id) {
+                return Err(ProxyError::NoCertificate { host: host_name() });
+            }
+            self.inner.certificates.hand_over(&host.app, id)?;
+        }
+        Ok(())
     }
 
     /// Serves `host`: writes its file if it differs, reloads if it differs or is not in force, and measures
@@ -241,6 +304,7 @@ impl Proxy {
         if self.inner.reloads.workers().await?.is_empty() {
             self.ensure().await?;
         }
+        self.hand_over_certificates(host)?;
         replace(&path, text.as_bytes())?;
         let old = match self.reload_for(&path).await {
             Ok(old) => old,
@@ -257,6 +321,8 @@ impl Proxy {
         };
         self.end_pauses(&host.app, &paused)?;
         self.measure(host).await?;
+        let used = host.certificates();
+        self.inner.certificates.collect(&host.app, &used)?;
         Ok(old)
     }
 
@@ -313,8 +379,33 @@ impl Proxy {
         };
         stream::iter(questions.into_iter().map(ask))
             .buffered(MEASURED_AT_ONCE)
-            .try_collect()
-            .await
+            .try_collect::<()>()
+            .await?;
+        self.measure_certificates(host, deadline).await
+    }
+
+    /// Whether each host with a certificate shows it.
+    async fn measure_certificates(
+        &self,
+        host: &VirtualHost,
+        deadline: Instant,
+    ) -> Result<(), ProxyError> {
+        for (name, routes) in host.routes_by_host() {
+            let Some(id) = certificate_of(&routes) else {
+                continue;
+            };
+            let leaf = self.inner.certificates.leaf(&host.app, id)?;
+            let asked = name.as_str().replacen('*', ANY_LABEL, 1);
+            let shown = tls::shown(self.inner.settings.https_port, &asked);
+            let why = match timeout_at(deadline, shown).await {
+                Ok(Ok(shown)) if Some(&shown) == leaf.as_ref() => continue,
+                Ok(Ok(_)) => "https shows another certificate".to_owned(),
+                Ok(Err(why)) => format!("https: {why}"),
+                Err(_) => format!("https: no answer within {} s", MEASURE_LIMIT.as_secs()),
+            };
+            return Err(not_in_force(name.as_str(), why));
+        }
+        Ok(())
     }
 
     /// Serves nothing for `app` any more: removes its file, reloads, and measures that its hosts are
@@ -324,6 +415,7 @@ impl Proxy {
         let refused = path.with_extension("conf.bad");
         store::remove(&refused)?;
         let Some(text) = store::read(&path)? else {
+            self.inner.certificates.collect(app, &BTreeSet::new())?;
             return Ok(OldWorkers::default());
         };
         let hosts = hosts_of(&String::from_utf8_lossy(&text));
@@ -346,6 +438,7 @@ impl Proxy {
                     .map_err(|message| not_in_force(host.as_str(), message))?;
             }
         }
+        self.inner.certificates.collect(app, &BTreeSet::new())?;
         Ok(old)
     }
 

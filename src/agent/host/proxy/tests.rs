@@ -29,12 +29,14 @@ fn route(process: &str, hosts: &[&str], at: &str, port: u16) -> Route {
             backup: None,
         },
         probe_path: None,
+        certificate: None,
     }
 }
 
 fn settings() -> ProxySettings {
     ProxySettings {
         http_port: 8080,
+        https_port: 8443,
         nginx: "/usr/sbin/nginx".into(),
         ipv6: false,
         processors: 2,
@@ -51,6 +53,7 @@ fn shop(target: RouteTarget) -> VirtualHost {
             path: path("/"),
             target,
             probe_path: None,
+            certificate: None,
         }],
     }
 }

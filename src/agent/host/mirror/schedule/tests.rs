@@ -20,11 +20,12 @@ fn want(url: &str, digit: char) -> Want {
         commit: commit(digit),
         base: None,
         submodules: false,
+        credential: None,
     }
 }
 
 fn key(url: &str) -> MirrorKey {
-    MirrorKey::of(&want(url, 'a').source)
+    want(url, 'a').key()
 }
 
 fn seen(unit: Unit, held: &[(&str, char)]) -> Seen {

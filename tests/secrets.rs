@@ -44,17 +44,6 @@ fn secrets(space: &Space) -> Api<Secret> {
     Api::namespaced(space.client.clone(), &space.namespace)
 }
 
-async fn secret(space: &Space, name: &str, data: Value) {
-    let manifest = json!({
-        "apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": data,
-    });
-    let params = PatchParams::apply("test").force();
-    secrets(space)
-        .patch(name, &params, &Patch::Apply(&manifest))
-        .await
-        .unwrap_or_else(|e| panic!("Secret {name}: {e}"));
-}
-
 fn from_secret(variable: &str, name: &str, key: &str) -> Value {
     json!({"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key}}})
 }
@@ -147,12 +136,13 @@ async fn another_value_rolls_out_without_a_build_and_restarts_only_who_has_it() 
         )],
     );
     let repository = space.push("shop", files.path());
-    secret(
-        &space,
-        "shop",
-        json!({"message": "one", "more": "x", "no.name": "y"}),
-    )
-    .await;
+    space
+        .secret(
+            "shop",
+            "Opaque",
+            &[("message", "one"), ("more", "x"), ("no.name", "y")],
+        )
+        .await;
     let mut manifest = app::with_build(
         manifest_of(&space, &repository.url, &host),
         "cat /proc/sys/kernel/random/uuid > built; env > seen",
@@ -166,7 +156,9 @@ async fn another_value_rolls_out_without_a_build_and_restarts_only_who_has_it() 
         .as_array_mut()
         .expect("a list")
         .push(json!({"name": "worker", "command": ["sleep", "infinity"]}));
-    secret(&space, "shop-more", json!({"MORE": "more"})).await;
+    space
+        .secret("shop-more", "Opaque", &[("MORE", "more")])
+        .await;
     space.apply(&manifest).await;
     space.ready_at("shop", &repository.commit).await;
     let (_, body) = space.get(NODE, &host).await.expect("an answer");
@@ -177,7 +169,7 @@ async fn another_value_rolls_out_without_a_build_and_restarts_only_who_has_it() 
 
     // Nobody asks for a look: the interval is 10 s, and the rollout may take 30.
     let traffic = traffic(&space, &host);
-    secret(&space, "shop", json!({"message": "two"})).await;
+    space.secret("shop", "Opaque", &[("message", "two")]).await;
     let changed = tokio::time::Instant::now();
     says(&space, &host, &format!("{built} two more")).await;
     let after = changed.elapsed();
@@ -198,7 +190,9 @@ async fn another_key_of_the_node_has_all_sealed_anew_and_restarts_nothing() {
     let host = format!("{}.example.com", space.namespace);
     let files = folder(&app::files("unused"));
     let repository = space.push("shop", files.path());
-    secret(&space, "shop", json!({"message": "sealed"})).await;
+    space
+        .secret("shop", "Opaque", &[("message", "sealed")])
+        .await;
     space
         .apply(&manifest_of(&space, &repository.url, &host))
         .await;
@@ -252,12 +246,16 @@ async fn going_back_to_what_the_node_retains_needs_no_secret_and_what_is_moved_d
     let host = format!("{}.example.com", space.namespace);
     let files = folder(&app::files("unused"));
     let repository = space.push("shop", files.path());
-    secret(&space, "shop", json!({"message": "old value"})).await;
+    space
+        .secret("shop", "Opaque", &[("message", "old value")])
+        .await;
     let mut manifest = manifest_of(&space, &repository.url, &host);
     space.apply(&manifest).await;
     space.ready_at("shop", &repository.commit).await;
     let old = release(&space).await.spec;
-    secret(&space, "shop", json!({"message": "new value"})).await;
+    space
+        .secret("shop", "Opaque", &[("message", "new value")])
+        .await;
     space.request_look("shop").await;
     says(&space, &host, "new value").await;
     space.ready_at("shop", &repository.commit).await;
@@ -347,7 +345,9 @@ async fn going_back_to_what_the_node_retains_needs_no_secret_and_what_is_moved_d
     }
 
     // The controller puts it right when it may.
-    secret(&space, "shop", json!({"message": "newest value"})).await;
+    space
+        .secret("shop", "Opaque", &[("message", "newest value")])
+        .await;
     suspend(&space, &mut manifest, false).await;
     space.request_look("shop").await;
     says(&space, &host, "newest value").await;
@@ -382,13 +382,17 @@ async fn a_secret_that_is_missing_or_too_large_is_told_before_any_node_is_touche
         assert!(releases.items.is_empty(), "a node was touched");
     };
     stalled("ReferenceNotFound", "there is no Secret shop").await;
-    secret(&space, "shop", json!({"other": "x"})).await;
+    space.secret("shop", "Opaque", &[("other", "x")]).await;
     space.request_look("shop").await;
     stalled("ReferenceNotFound", "the Secret shop has no key message").await;
-    secret(&space, "shop", json!({"message": "x".repeat(600 * 1024)})).await;
+    space
+        .secret("shop", "Opaque", &[("message", &"x".repeat(600 * 1024))])
+        .await;
     space.request_look("shop").await;
     stalled("ReferenceTooLarge", "512 KiB").await;
-    secret(&space, "shop", json!({"message": "x".repeat(128 * 1024)})).await;
+    space
+        .secret("shop", "Opaque", &[("message", &"x".repeat(128 * 1024))])
+        .await;
     space.request_look("shop").await;
     stalled("ReferenceTooLarge", "127 KiB").await;
     let mut named = manifest.clone();
@@ -396,7 +400,9 @@ async fn a_secret_that_is_missing_or_too_large_is_told_before_any_node_is_touche
     space.apply(&named).await;
     stalled("InvalidSpec", "$(MESSAGE) is the value of a Secret").await;
     space.apply(&manifest).await;
-    secret(&space, "shop", json!({"message": "at last"})).await;
+    space
+        .secret("shop", "Opaque", &[("message", "at last")])
+        .await;
     space.request_look("shop").await;
     says(&space, &host, "at last").await;
 }
@@ -410,7 +416,7 @@ async fn what_a_process_prints_of_its_secrets_is_shown_to_nobody() {
         "echo \"connecting with $MESSAGE\" >&2; echo \"$MESSAGE\" | head -c 9; exit 3\n",
     )]);
     let repository = space.push("shop", files.path());
-    secret(&space, "shop", json!({"message": value})).await;
+    space.secret("shop", "Opaque", &[("message", &value)]).await;
     let host = format!("{}.example.com", space.namespace);
     let mut manifest = manifest_of(&space, &repository.url, &host);
     manifest["spec"]["processes"][0]["command"] = json!(["sh", "run.sh"]);
@@ -594,9 +600,11 @@ async fn planted_secrets_are_found_with_their_process_and_nowhere_else() {
         )],
     );
     let repository = space.push("shop", files.path());
-    secret(&space, "shop", json!({"message": first, "lines": lines})).await;
-    secret(&space, "whole", json!({"WHOLE": whole})).await;
-    secret(&space, "own", json!({"key": own})).await;
+    space
+        .secret("shop", "Opaque", &[("message", &first), ("lines", &lines)])
+        .await;
+    space.secret("whole", "Opaque", &[("WHOLE", &whole)]).await;
+    space.secret("own", "Opaque", &[("key", &own)]).await;
     let mut manifest = app::with_build(
         manifest_of(&space, &repository.url, &host),
         "env > seen; cat /proc/*/environ > environments 2>/dev/null || true",
@@ -612,7 +620,9 @@ async fn planted_secrets_are_found_with_their_process_and_nowhere_else() {
     space.apply(&manifest).await;
     space.ready_at("shop", &repository.commit).await;
     // Another value, and one that fails, leave no more behind than the first.
-    secret(&space, "shop", json!({"message": second, "lines": lines})).await;
+    space
+        .secret("shop", "Opaque", &[("message", &second), ("lines", &lines)])
+        .await;
     space.request_look("shop").await;
     let revision = |d: &kari::api::Deployment| d.status.clone().unwrap_or_default().revision;
     let before = revision(&space.deployments().get("shop").await.expect("it"));

@@ -23,6 +23,7 @@ use kari::api::{Release, ReleaseSpec};
 use kari::seal::{Binding, NodeKey, SecretBytes, seal};
 use kube::api::{Api, DeleteParams, Patch, PatchParams};
 use serde_json::{Value, json};
+use support::tls::Authority;
 use support::traffic::Traffic;
 use support::{DEPLOY_LIMIT, LIMIT, Lab, Space, app, folder, is, reason, until};
 use testbed::Options;
@@ -416,10 +417,7 @@ async fn a_secret_that_is_missing_or_too_large_is_told_before_any_node_is_touche
 async fn what_a_process_prints_of_its_secrets_is_shown_to_nobody() {
     let space = space("mask").await;
     let value = "correct-horse-battery-staple";
-    let files = folder(&[(
-        "run.sh",
-        "echo \"connecting with $MESSAGE\" >&2; exit 3\n",
-    )]);
+    let files = folder(&[("run.sh", "echo \"connecting with $MESSAGE\" >&2; exit 3\n")]);
     let repository = space.push("shop", files.path());
     space.secret("shop", "Opaque", &[("message", &value)]).await;
     let host = format!("{}.example.com", space.namespace);
@@ -539,10 +537,11 @@ impl Search {
     }
 }
 
-/// Where values belong: an environment file, root's alone.
-fn is_environment_file(path: &Path) -> bool {
+/// Where values belong on a disk: an environment file or a certificate's key, root's alone.
+fn is_where_it_belongs(path: &Path) -> bool {
     let metadata = std::fs::metadata(path).expect("a file");
-    path.parent().is_some_and(|folder| folder.ends_with("env"))
+    let folder = path.parent().expect("a folder");
+    (folder.ends_with("env") || folder.ends_with("proxy/certificates"))
         && metadata.uid() == 0
         && metadata.mode() & 0o7777 == 0o600
 }
@@ -594,7 +593,8 @@ async fn planted_secrets_are_found_with_their_process_and_nowhere_else() {
         random(),
         random()
     );
-    let planted = [&first, &second, &whole, &own, &lines].map(Clone::clone);
+    let certificate = Authority::new().issue(&[&host]);
+    let planted = [&first, &second, &whole, &own, &lines, &certificate.key].map(Clone::clone);
 
     let files = folder(&app::files("unused"));
     support::write(
@@ -610,6 +610,11 @@ async fn planted_secrets_are_found_with_their_process_and_nowhere_else() {
         .await;
     space.secret("whole", "Opaque", &[("WHOLE", &whole)]).await;
     space.secret("own", "Opaque", &[("key", &own)]).await;
+    let data = [
+        ("tls.crt", certificate.certificate.as_str()),
+        ("tls.key", &certificate.key),
+    ];
+    space.secret("tls", "kubernetes.io/tls", &data).await;
     let mut manifest = app::with_build(
         manifest_of(&space, &repository.url, &host),
         "env > seen; cat /proc/*/environ > environments 2>/dev/null || true",
@@ -622,6 +627,7 @@ async fn planted_secrets_are_found_with_their_process_and_nowhere_else() {
     manifest["spec"]["processes"][0]["env"] = json!([from_secret("OWN", "own", "key")]);
     manifest["spec"]["processes"][0]["command"] = json!(["sh", "serve.sh"]);
     manifest["spec"]["processes"][0]["livenessProbe"] = json!({"exec": {"command": ["true"]}});
+    manifest["spec"]["processes"][0]["route"]["tls"] = json!({"secretName": "tls"});
     space.apply(&manifest).await;
     space.ready_at("shop", &repository.commit).await;
     // Another value, and one that fails, leave no more behind than the first.
@@ -682,7 +688,7 @@ async fn planted_secrets_are_found_with_their_process_and_nowhere_else() {
             search.put(&format!("etcd {key}"), &value);
         }
     }
-    assert_eq!(secrets_found, 3, "the search finds what is there");
+    assert_eq!(secrets_found, 4, "the search finds what is there");
     // Every object's own way to be shown: events, statuses, histories.
     for kinds in [
         "kd,krel,controllerrevisions,events",
@@ -717,6 +723,12 @@ async fn planted_secrets_are_found_with_their_process_and_nowhere_else() {
         assert!(!output.is_empty(), "{place}");
         search.put(place, output.as_bytes());
     }
+    let readable = ["find", "/run/kari/proxy/certificates", "-perm", "/077"];
+    assert_eq!(
+        space.on(NODE, &readable).await,
+        "",
+        "nginx's keys are its alone"
+    );
     // Environments of processes: those of the app's own units have them, and no other.
     let listed = space.on(NODE, &["sh", "-c", ENVIRONMENTS]).await;
     let own_units = format!("kari.{}.shop.web.", space.namespace);
@@ -737,15 +749,15 @@ async fn planted_secrets_are_found_with_their_process_and_nowhere_else() {
     let (files, found_files) = search.grep(&folders);
     let (belong, stray): (Vec<_>, Vec<_>) = found_files
         .into_iter()
-        .partition(|file| is_environment_file(file));
+        .partition(|file| is_where_it_belongs(file));
     assert!(
-        !belong.is_empty(),
+        belong.len() >= 2,
         "the search finds what is there: {belong:?}"
     );
     let (places, mut found) = search.found();
     found.extend(stray.iter().map(|file| file.display().to_string()));
     println!(
-        "planted {} values in {} spellings; searched {places} places and {files} files; found in {} where they must not be, and in {} environment files",
+        "planted {} values in {} spellings; searched {places} places and {files} files; found in {} where they must not be, and in {} files where they belong",
         planted.len(),
         search.needles.len(),
         found.len(),
@@ -754,9 +766,8 @@ async fn planted_secrets_are_found_with_their_process_and_nowhere_else() {
     assert_eq!(found, Vec::<String>::new());
 }
 
-/// Files that are in no folder of the testbed's.
-const IN_MEMORY: &str =
-    "find /run /tmp /dev/shm -xdev -type f -size -16M -exec cat {} + 2>/dev/null; true";
+/// Files that are in no folder of the testbed's, but for the keys that nginx reads, which are its alone.
+const IN_MEMORY: &str = "find /run /tmp /dev/shm -xdev -type f -size -16M ! -path '/run/kari/proxy/certificates/*' -exec cat {} + 2>/dev/null; true";
 
 /// Each process with its control group and its environment.
 const ENVIRONMENTS: &str = r#"

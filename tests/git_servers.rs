@@ -13,6 +13,8 @@ mod support;
 use std::process::Command;
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use futures::future::join_all;
 use kari::agent::host::mirror::{MirrorKey, SourceUrl};
 use kari::agent::host::unit::fetch_unit_name;
@@ -383,7 +385,9 @@ async fn a_private_repository_is_read_by_https_and_a_credential_goes_to_no_other
     let sent = space.on(NODE, &["cat", "/srv/private/sent"]).await;
     assert!(sent.lines().all(|line| line.ends_with(" -")), "{sent}");
 
-    for secret in [PASSWORD, TOKEN] {
+    // As a header has it: a server may say what it was sent.
+    let header = BASE64.encode(format!("user:{PASSWORD}"));
+    for secret in [PASSWORD, TOKEN, &header] {
         planted_nowhere(&space, secret).await;
     }
 }

@@ -313,6 +313,9 @@ fn push(testbed: &Testbed, namespace: &str, name: &str, folder: &str) -> String 
                 "user.email=examples@example.com",
             ])
             .args(words)
+            // The same files are the same commit, however often they are served.
+            .env("GIT_AUTHOR_DATE", "2026-01-01T00:00:00Z")
+            .env("GIT_COMMITTER_DATE", "2026-01-01T00:00:00Z")
             .current_dir(work.path())
             .output()
             .expect("git");

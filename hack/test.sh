@@ -17,6 +17,8 @@ trap 'rm -rf "$logs"' EXIT
 
 main() {
     local list=$logs/list line begin=$SECONDS
+    # Before there is any node: nodes are overlays of what this machine has installed.
+    "${CARGO_TARGET_DIR:-target}/debug/testbed" prerequisites --kubelet
     programs >"$list"
     while read -r line <&3; do
         if (($(jobs -rp | wc -l) >= programs_at_once)); then

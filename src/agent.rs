@@ -58,6 +58,7 @@ use self::host::keys::{KeysError, NodeKeys};
 use self::host::limits::{self, Limits};
 use self::host::mirror::{MirrorSettings, Mirrors};
 use self::host::probe;
+use self::host::programs;
 use self::host::proxy::{Proxy, ProxySettings};
 use self::host::slices::{self, SlicesError};
 use self::host::store::{DiskReserve, Store, StoreError, UNIT_FOLDER, UnitFiles};
@@ -305,21 +306,15 @@ async fn prepare_host(
     let users = Users::new(Path::new(users::FOLDER), config.uid_range.clone());
     let git = users.ensure_git(&store)?;
     let limits = prove_limits(&systemd, &git.name).await?;
-    let settings =
-        ProxySettings::of_this_node(config.http_port, config.https_port, &config.tool_path)
-            .unwrap_or_else(|| {
-                warn!(
-                    "nginx is not on this node, so nothing can be routed; searched: {}",
-                    config.tool_path
-                );
-                ProxySettings {
-                    http_port: config.http_port,
-                    https_port: config.https_port,
-                    nginx: PathBuf::from("/usr/sbin/nginx"),
-                    ipv6: false,
-                    processors: 1,
-                }
-            });
+    let nginx = programs::find(&systemd, "nginx", &config.tool_path).await?;
+    let nginx = nginx.unwrap_or_else(|| {
+        warn!(
+            "nginx is not on this node, so nothing can be routed; searched: {}",
+            config.tool_path
+        );
+        PathBuf::from("/usr/sbin/nginx")
+    });
+    let settings = ProxySettings::of_this_node(config.http_port, config.https_port, nginx);
     let proxy = Proxy::new(store.proxy(), units.clone(), systemd.clone(), settings);
     if let Err(error) = proxy.ensure().await {
         warn!("the proxy is not up: {}", error_chain(&error));

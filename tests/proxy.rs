@@ -209,8 +209,7 @@ impl Node {
         let (systemd, events) = Systemd::connect(None).await.unwrap();
         let store = Store::open(Path::new("/var/lib/kari")).unwrap();
         let units = UnitFiles::new(Path::new(UNIT_FOLDER));
-        let settings =
-            ProxySettings::of_this_node(HTTP_PORT, HTTPS_PORT, "/usr/sbin:/usr/bin").unwrap();
+        let settings = ProxySettings::of_this_node(HTTP_PORT, HTTPS_PORT, "/usr/sbin/nginx".into());
         let proxy = Proxy::new(store.proxy(), units.clone(), systemd.clone(), settings);
         Self {
             systemd,

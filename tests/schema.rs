@@ -12,6 +12,7 @@ use kari::api::Deployment;
 use kube::api::{Api, DynamicObject, Patch, PatchParams, PostParams};
 use kube::core::{ApiResource, GroupVersionKind};
 use serde_json::{Value, json};
+use support::gitops::{argo_health, said, write_chart};
 
 /// A namespace in which the schema alone decides, not the policy on sandboxes.
 async fn privileged_space() -> support::Space {
@@ -963,4 +964,26 @@ async fn a_label_of_the_namespace_says_which_exceptions_to_the_jail_are_taken() 
             }
         }
     }
+}
+
+#[tokio::test]
+async fn what_no_controller_has_seen_is_in_progress_for_helm_and_argo_cd() {
+    let space = privileged_space().await;
+    let chart = support::folder(&[]);
+    write_chart(chart.path(), &good());
+    let path = chart.path().display().to_string();
+    let install = ["install", "shop", &path, "--wait", "--timeout=2s"];
+    let installed = space.run("helm", &install).await;
+    let said = said(&installed);
+    assert!(!installed.status.success(), "{said}");
+    assert!(
+        said.contains("InProgress") && said.contains("not ready"),
+        "{said}"
+    );
+    let deployment = space
+        .deployments()
+        .get("shop")
+        .await
+        .expect("the Deployment");
+    assert_eq!(argo_health(&deployment), "Progressing");
 }

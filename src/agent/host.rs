@@ -26,6 +26,7 @@ pub mod turns;
 pub mod limits;
 pub mod port;
 pub mod probe;
+pub mod programs;
 
 // Where the code comes from, and how requests come in.
 pub mod mirror;

@@ -10,7 +10,7 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 use rustix::process::Signal;
 use testbed::{
-    Error, Network, Options, Part, Result, Status, Testbed, git, network, node,
+    Error, Network, Options, Part, Result, Status, Testbed, git, network, node, prerequisites,
     process::parse_signal, program, state::Directory,
 };
 use tokio::signal::unix::{SignalKind, signal};
@@ -48,6 +48,12 @@ enum Verb {
         /// A further argument of each `kari agent` (can be repeated)
         #[arg(long, value_name = "ARGUMENT", allow_hyphen_values = true)]
         agent_argument: Vec<String>,
+    },
+    /// Install what a testbed needs of this machine, or say what is missing; `up` does it, too
+    Prerequisites {
+        /// And what nodes with a kubelet need
+        #[arg(long)]
+        kubelet: bool,
     },
     /// Show each part: process, address, state, log file
     Status {
@@ -209,6 +215,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
             };
             return block_on(up(&folder.path(), options));
         }
+        Verb::Prerequisites { kubelet } => prerequisites::ensure(kubelet)?,
         Verb::Status { folder, json } => {
             let testbed = folder.attach()?;
             let statuses = block_on(testbed.status())?;

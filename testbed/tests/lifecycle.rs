@@ -110,6 +110,11 @@ async fn the_control_plane_comes_back_with_all_it_knew() {
     testbed.kubectl(["get", "configmap", "kept"]).await.unwrap();
     let twice = testbed.start(Part::Etcd).await.unwrap_err();
     assert_eq!(twice.to_string(), "etcd is running already");
+    let absent = testbed.start(Part::Scheduler).await.unwrap_err();
+    assert_eq!(
+        absent.to_string(),
+        "scheduler is there only where nodes have a kubelet: `testbed up --kubelet`"
+    );
 }
 
 #[tokio::test]
@@ -205,4 +210,79 @@ async fn a_node_of_the_host_network_shares_the_machines() {
         fs::read_to_string("/etc/resolv.conf").unwrap().trim_end()
     );
     testbed.kubectl(["get", "nodes"]).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_node_with_a_kubelet_runs_kari_as_pods_and_comes_back_after_a_power_cut() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("testbed");
+    let testbed = Testbed::up(Options {
+        kubelet: true,
+        kari: true,
+        ..options(&path)
+    })
+    .await
+    .unwrap();
+    let id = testbed.description().id.clone();
+    let agents = "--selector=app.kubernetes.io/component=agent";
+    let agent = ["-n", "kari-system", "ds/kari-agent"];
+
+    let logs = testbed
+        .kubectl([&["logs"], &agent[..]].concat())
+        .await
+        .unwrap();
+    assert!(logs.contains("the agent is up"), "{logs}");
+    let name = "kubernetes.default.svc.cluster.local";
+    let words = [&["exec"], &agent[..], &["--", "getent", "hosts", name]].concat();
+    let resolved = testbed.kubectl(&words).await.unwrap();
+    assert!(resolved.starts_with("10.96.0.1 "), "{resolved:?}");
+
+    let refused = testbed.kill("agent/n1".parse().unwrap(), parse_signal("KILL").unwrap());
+    let refused = refused.await.unwrap_err().to_string();
+    assert_eq!(
+        refused,
+        "agent/n1 is a Pod here, as nodes have a kubelet: use kubectl"
+    );
+    testbed
+        .kill(Part::Dns, parse_signal("KILL").unwrap())
+        .await
+        .unwrap();
+    testbed.start(Part::Dns).await.unwrap();
+    assert_eq!(testbed.kubectl(&words).await.unwrap(), resolved);
+
+    let node = testbed.node("n1").unwrap();
+    node.power_off().await.unwrap();
+    node.power_on().await.unwrap();
+    // The Pod says that it is ready from before, until its kubelet is back.
+    let restarted = "--for=jsonpath={.status.containerStatuses[0].restartCount}=1";
+    for condition in [restarted, "--for=condition=Ready"] {
+        let wait = [
+            "wait",
+            "pod",
+            "-n",
+            "kari-system",
+            agents,
+            condition,
+            "--timeout=60s",
+        ];
+        testbed.kubectl(wait).await.unwrap();
+    }
+
+    drop(testbed);
+    assert_eq!(remains(&id, &path), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_kubelet_is_refused_on_the_machines_own_network() {
+    let folder = tempfile::tempdir().unwrap();
+    let on_the_machine = Options {
+        network: Network::Host,
+        kubelet: true,
+        ..options(&folder.path().join("testbed"))
+    };
+    let refused = Testbed::up(on_the_machine).await.err().unwrap().to_string();
+    assert_eq!(
+        refused,
+        "a kubelet would change the machine's own network: use --network lab"
+    );
 }

@@ -179,7 +179,7 @@ async fn denies_addresses(systemd: &Systemd) -> Result<bool, SystemdError> {
 }
 
 /// Runs a program as a transient unit and waits for its end.
-async fn run(
+pub(super) async fn run(
     systemd: &Systemd,
     name: &str,
     program: &'static str,
@@ -191,7 +191,7 @@ async fn run(
     let mut settings = vec![
         Setting::new(
             "Description",
-            Value::Text(format!("Kari: proof of a limit ({name})")),
+            Value::Text(format!("Kari: what this node has ({name})")),
         ),
         Setting::new("Type", Value::Text("oneshot".to_owned())),
         Setting::new("RemainAfterExit", Value::Switch(true)),

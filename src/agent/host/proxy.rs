@@ -321,23 +321,18 @@ pub struct ProxySettings {
 }
 
 impl ProxySettings {
-    /// The settings of this node; nothing if `tool_path` (folders separated by colons) has no nginx.
-    pub fn of_this_node(http_port: u16, https_port: u16, tool_path: &str) -> Option<Self> {
-        let nginx = tool_path
-            .split(':')
-            .filter(|folder| folder.starts_with('/'))
-            .map(|folder| PathBuf::from(folder).join("nginx"))
-            .find(|path| path.is_file())?;
+    /// The settings of this node.
+    pub fn of_this_node(http_port: u16, https_port: u16, nginx: PathBuf) -> Self {
         // The list of addresses: there only with IPv6, and empty where it is switched off.
         let ipv6 = std::fs::read("/proc/net/if_inet6").is_ok_and(|addresses| !addresses.is_empty());
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        Some(Self {
+        Self {
             http_port,
             https_port,
             nginx,
             ipv6,
             processors,
-        })
+        }
     }
 }
 

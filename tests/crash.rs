@@ -229,6 +229,14 @@ async fn a_node_that_reboots_without_agent_and_api_comes_up_serving() {
     space.secret("tls", "kubernetes.io/tls", &data).await;
     let mut manifest = app::manifest("shop", &repository.url, host);
     manifest["spec"]["processes"][0]["route"]["tls"] = serde_json::json!({"secretName": "tls"});
+    space.secret("shop", "Opaque", &[("more", "secret")]).await;
+    manifest["spec"]["env"] =
+        json!([{"name": "MORE", "valueFrom": {"secretKeyRef": {"name": "shop", "key": "more"}}}]);
+    manifest["spec"]["processes"][0]["command"] = json!([
+        "sh",
+        "-c",
+        "test \"$MORE\" = secret && exec python3 server.py"
+    ]);
     space.apply(&manifest).await;
     space.ready_at("shop", &repository.commit).await;
     kill(space.testbed, "agent/n1").await;

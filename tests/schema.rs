@@ -40,8 +40,8 @@ fn good() -> Value {
                 "allowRewind": false,
                 "intervalSeconds": 60,
             }},
-            "env": [{"name": "LOG", "value": "info"}, {"name": "LEVEL", "valueFrom": {"configMapKeyRef": {"name": "shop", "key": "level", "optional": true}}}],
-            "envFrom": [{"configMapRef": {"name": "shop", "optional": true}, "prefix": "SHOP_"}],
+            "env": [{"name": "LOG", "value": "info"}, {"name": "LEVEL", "valueFrom": {"configMapKeyRef": {"name": "shop", "key": "level", "optional": true}}}, {"name": "DB", "valueFrom": {"secretKeyRef": {"name": "shop", "key": "url"}}}],
+            "envFrom": [{"configMapRef": {"name": "shop", "optional": true}, "prefix": "SHOP_"}, {"secretRef": {"name": "shop"}}],
             "build": {
                 "run": "npm ci\nnpm run build",
                 "env": [{"name": "npm_config_cache", "value": ".cache/npm"}],
@@ -330,6 +330,35 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
             "variables from nothing",
             with("/spec/envFrom/0", json!({})),
             "set exactly one kind of reference: configMapRef",
+        ),
+        (
+            "a variable from two kinds",
+            with(
+                "/spec/env/1/valueFrom",
+                json!({"configMapKeyRef": {"name": "a", "key": "b"}, "secretKeyRef": {"name": "a", "key": "b"}}),
+            ),
+            "set exactly one kind of reference: configMapKeyRef or secretKeyRef",
+        ),
+        (
+            "a Secret in capitals",
+            with("/spec/envFrom/1/secretRef/name", json!("Shop")),
+            "secretRef.name",
+        ),
+        (
+            "variables from two kinds",
+            with(
+                "/spec/envFrom/1",
+                json!({"configMapRef": {"name": "a"}, "secretRef": {"name": "a"}}),
+            ),
+            "set exactly one kind of reference: configMapRef or secretRef",
+        ),
+        (
+            "a Secret for the build",
+            with(
+                "/spec/build/env/0",
+                json!({"name": "A", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}),
+            ),
+            "a build gets no Secrets",
         ),
         (
             "a range with a newline",
@@ -986,4 +1015,103 @@ async fn what_no_controller_has_seen_is_in_progress_for_helm_and_argo_cd() {
         .await
         .expect("the Deployment");
     assert_eq!(argo_health(&deployment), "Progressing");
+}
+
+#[tokio::test]
+async fn what_is_sealed_in_a_release_is_bounded_and_whole() {
+    let testbed = support::control_plane().await;
+    let kind = ApiResource::from_gvk_with_plural(
+        &GroupVersionKind::gvk("kari.dev", "v1alpha1", "Release"),
+        "releases",
+    );
+    let client = testbed.client().await.expect("a client");
+    let api: Api<DynamicObject> = Api::namespaced_with(client, "default", &kind);
+    let sealed = |name: &str, bytes: usize| {
+        json!({
+            "purpose": "Env", "name": name, "keyId": "0123456789abcdef",
+            "digest": "0".repeat(40), "data": "A".repeat(bytes),
+        })
+    };
+    let without = |mut sealed: Value, field: &str| {
+        sealed.as_object_mut().expect("an object").remove(field);
+        sealed
+    };
+    let other = |mut sealed: Value, field: &str, value: Value| {
+        sealed[field] = value;
+        sealed
+    };
+    let kept = without(without(sealed("a", 1), "keyId"), "data");
+    let one = 700 * 1024;
+    let rows = [
+        ("all of the environment", json!([sealed("a", one)]), None),
+        ("one that the node has kept", json!([kept]), None),
+        (
+            "two of one name",
+            json!([sealed("a", 1), sealed("a", 1)]),
+            Some("Duplicate value"),
+        ),
+        (
+            "data without a key",
+            json!([without(sealed("a", 1), "keyId")]),
+            Some("data and keyId go together"),
+        ),
+        (
+            "a key without data",
+            json!([without(sealed("a", 1), "data")]),
+            Some("data and keyId go together"),
+        ),
+        (
+            "no digest",
+            json!([without(sealed("a", 1), "digest")]),
+            Some("digest"),
+        ),
+        (
+            "no purpose that is known",
+            json!([other(sealed("a", 1), "purpose", json!("Ssh"))]),
+            Some("Unsupported value"),
+        ),
+        (
+            "one that is too large",
+            json!([sealed("a", 800 * 1024)]),
+            Some("Too long"),
+        ),
+        (
+            "two that are too large together",
+            json!([sealed("a", one), sealed("b", one)]),
+            Some("at most 1 MiB"),
+        ),
+    ];
+    for (what, sealed, refused) in rows {
+        let object: DynamicObject = serde_json::from_value(json!({
+            "apiVersion": "kari.dev/v1alpha1",
+            "kind": "Release",
+            "metadata": {"name": "sealed"},
+            "spec": {
+                "nodeName": "n1",
+                "deployment": "shop",
+                "releaseId": "5f0c8a4e-5d6e-5f00-8000-000000000000",
+                "attempt": 1,
+                "revision": "shop-1",
+                "commit": "a".repeat(40),
+                "template": {
+                    "source": {"url": "https://git.example.com/shop.git"},
+                    "processes": [{"name": "web", "command": ["./web"]}],
+                    "switch": "BlueGreen",
+                    "minReadySeconds": 5,
+                    "keepReleases": 2,
+                },
+                "sealed": sealed,
+            },
+        }))
+        .expect("an object");
+        let parameters = PostParams {
+            dry_run: true,
+            field_manager: None,
+        };
+        match (strict_create(&api, &parameters, &object).await, refused) {
+            (Ok(()), None) => {}
+            (Err(message), Some(expected)) if message.contains(expected) => {}
+            (answer, _) => panic!("{what}: {answer:?}"),
+        }
+    }
 }

@@ -214,6 +214,10 @@ impl Apply<'_> {
             Step::WriteAttempt(record) => {
                 folder.create()?;
                 folder.write_attempt(&self.with_log(record).await)?;
+                if lock(&node.keys).has_older() {
+                    // This may have been the last that was sealed to an old one.
+                    node.collect.notify_one();
+                }
                 if is_over(record) {
                     node.release_hosts(app);
                 }

@@ -217,7 +217,7 @@ impl Node {
     /// # Errors
     /// What is kept cannot all be read; then none is forgotten.
     pub fn forget_unused_keys(&self) -> Result<usize, KeysError> {
-        if lock(&self.keys).all().len() == 1 || !self.listed.load(Ordering::Relaxed) {
+        if !lock(&self.keys).has_older() || !self.listed.load(Ordering::Relaxed) {
             return Ok(0);
         }
         let mut used = BTreeSet::new();

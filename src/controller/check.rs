@@ -219,6 +219,27 @@ mod tests {
                 "processes[web].command: $(LOG)",
             ),
             (
+                "a variable of a Secret",
+                "/env",
+                json!([{"name": "LOG", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}]),
+                Reason::InvalidSpec,
+                "$(LOG) is the value of a Secret",
+            ),
+            (
+                "a Secret of the process before a plain one",
+                "/processes/0/env",
+                json!([{"name": "LOG", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b", "optional": true}}}]),
+                Reason::InvalidSpec,
+                "$(LOG) is the value of a Secret",
+            ),
+            (
+                "a Secret for the build",
+                "/build/env",
+                json!([{"name": "A", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}]),
+                Reason::InvalidSpec,
+                "spec.build.env[A]: a build gets no Secrets",
+            ),
+            (
                 "no range",
                 "/source/git/ref",
                 json!({"semver": "latest"}),
@@ -226,7 +247,7 @@ mod tests {
                 "spec.source.git.ref.semver: \"latest\" is not a range",
             ),
             (
-                "many ConfigMaps",
+                "many objects",
                 "/envFrom",
                 (0..33)
                     .map(|n| json!({"configMapRef": {"name": format!("c{n}")}}))

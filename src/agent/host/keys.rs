@@ -105,6 +105,11 @@ impl NodeKeys {
         &self.current
     }
 
+    /// Whether there are others than the current one.
+    pub fn has_older(&self) -> bool {
+        !self.older.is_empty()
+    }
+
     /// All that are kept.
     pub fn all(&self) -> Vec<NodeKey> {
         let all = [&self.current].into_iter().chain(&self.older);

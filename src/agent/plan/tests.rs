@@ -28,12 +28,12 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::simulation::{Draft, Fate, World, draft, release_id};
+use super::simulation::{Draft, Fate, World, draft, release_id, wish};
 use super::{Progress, Step};
 use crate::agent::host::records::{Outcome, RecordedFailure};
 use crate::agent::view::{SlotView, Wanted};
 use crate::api::reasons::Reason;
-use crate::api::release::Phase;
+use crate::api::release::{Phase, Purpose, SealedValue};
 
 fn running(number: u8) -> World {
     let mut world = World::new();
@@ -99,6 +99,27 @@ fn change(world: &mut World, to: Draft, steps: usize) {
 fn a_first_release_goes_the_whole_way() {
     let world = running(1);
     assert_eq!(world.build_starts, 1);
+}
+
+#[test]
+fn what_is_sealed_anew_is_kept_and_nothing_that_runs_is_touched() {
+    let mut world = running(1);
+    let units = world.committed().to_vec();
+    let mut wish = wish(draft(1));
+    let sealed = SealedValue::kept(Purpose::Env, "env", "d");
+    wish.sealed = vec![sealed.clone()];
+    world.want_anew(Wanted::Release(Box::new(wish)));
+    let (plan, _) = world.round(usize::MAX);
+    let names: Vec<_> = plan.steps.iter().map(Step::name).collect();
+    assert_eq!(names, ["WriteRelease", "WriteApplied", "WriteAttempt"]);
+    assert_eq!(world.settle(), Progress::Idle);
+    world.check_settled();
+    assert_eq!(world.committed(), units);
+    let applied = world.applied.as_ref().and_then(|a| a.release.as_ref());
+    assert_eq!(
+        applied.map(|release| release.sealed.clone()),
+        Some(vec![sealed])
+    );
 }
 
 #[test]

@@ -419,7 +419,7 @@ async fn what_a_process_prints_of_its_secrets_is_shown_to_nobody() {
     let value = "correct-horse-battery-staple";
     let files = folder(&[("run.sh", "echo \"connecting with $MESSAGE\" >&2; exit 3\n")]);
     let repository = space.push("shop", files.path());
-    space.secret("shop", "Opaque", &[("message", &value)]).await;
+    space.secret("shop", "Opaque", &[("message", value)]).await;
     let host = format!("{}.example.com", space.namespace);
     let mut manifest = manifest_of(&space, &repository.url, &host);
     manifest["spec"]["processes"][0]["command"] = json!(["sh", "run.sh"]);

@@ -35,6 +35,12 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
     }
     // Both parts hold secrets, which must not get into a core dump.
     rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
+    // Nor of what they start: git has credentials.
+    let nothing = rustix::process::Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    rustix::process::setrlimit(rustix::process::Resource::Core, nothing)?;
     let filter = std::env::var("RUST_LOG")
         .ok()
         .filter(|filter| !filter.is_empty())

@@ -564,6 +564,14 @@ fn table() -> Vec<Row> {
             ],
         ),
         Row(
+            "agent.httpsPort",
+            json!(0),
+            &[
+                "- ….args[] \"--https-port=443\"",
+                "+ DaemonSet/kari-agent….args[] \"--https-port=0\"",
+            ],
+        ),
+        Row(
             "agent.healthPort",
             json!(9000),
             &[

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use support::tls::{Authority, Tls};
 use support::{Space, is, testbed_of, traffic};
 use testbed::{Network, Options, Testbed};
 
@@ -82,9 +83,23 @@ async fn every_block_of_the_cookbook_is_deployed_as_it_stands() {
         .skip(1)
         .map(|rest| rest.split("```").next().unwrap_or_default())
         .collect();
+    let private = Private::start(&space).await;
+    let authority = Authority::new();
+    let certificate = authority.issue(&["secure.example.com"]);
+    let files = [
+        ("deploy-key", private.key.as_str()),
+        ("known_hosts", &private.known_hosts),
+        ("tls.crt", &certificate.certificate),
+        ("tls.key", &certificate.key),
+    ];
+    for command in page.split("```sh\n").skip(1) {
+        let command = command.split("```").next().unwrap_or_default();
+        run(&space, command, &files);
+    }
     let mut deployments = vec![];
     for (number, block) in blocks.iter().enumerate() {
-        let found = apply(&space, &format!("block-{number}"), block).await;
+        let block = private.served(block);
+        let found = apply(&space, &format!("block-{number}"), &block).await;
         assert!(!found.is_empty(), "a block without a Deployment:\n{block}");
         deployments.extend(found);
     }
@@ -104,6 +119,137 @@ async fn every_block_of_the_cookbook_is_deployed_as_it_stands() {
     ] {
         answers(&space, host, path, expected).await;
     }
+    let client = Tls::new(
+        support::Lab(space.testbed),
+        &authority,
+        "secure.example.com",
+    );
+    let answer = traffic::get_once(&client, space.tls_proxy("n1"), "secure.example.com", "/");
+    let (status, body) = answer.await.unwrap_or_else(|e| panic!("https: {e}"));
+    assert!(
+        status == 200 && body.contains("from Python"),
+        "{status} {body}"
+    );
+}
+
+/// A git server that lets in whoever has its key or its token.
+struct Private {
+    key: String,
+    known_hosts: String,
+    https: String,
+    ssh: String,
+}
+
+/// Where manifests say that private repositories are.
+const PRIVATE_SERVERS: [&str; 2] = [
+    "https://private.example.com/",
+    "ssh://git@private.example.com/",
+];
+const TOKEN: &str = "a-token";
+
+const START_PRIVATE_SERVER: &str = r#"
+mkdir -p /srv/private/git /run/sshd
+cd /srv/private
+openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj '/CN=git' -addext 'subjectAltName=IP:127.0.0.1' -keyout key.pem -out certificate.pem 2>/dev/null
+printf 'git:%s\n' "$(openssl passwd -apr1 "$5")" >users
+chmod 644 users
+cat >nginx.conf <<END
+error_log stderr; pid /srv/private/pid; daemon off;
+events {}
+http {
+    access_log off;
+    server {
+        listen 127.0.0.1:$2 ssl;
+        ssl_certificate certificate.pem;
+        ssl_certificate_key key.pem;
+        location / { auth_basic git; auth_basic_user_file users; proxy_pass http://$1; }
+    }
+}
+END
+systemd-run --quiet --unit=tls-private nginx -p /srv/private -c nginx.conf
+for key in host user; do ssh-keygen -q -t ed25519 -N '' -f $key; done
+id git >/dev/null 2>&1 || useradd --create-home git
+usermod --shell "$(command -v git-shell)" git
+passwd --quiet --delete git
+git clone --quiet --mirror "http://$1/$4" "/srv/private/git/hello-python.git"
+chown -R git /srv/private/git
+cat >config <<END
+Port $3
+ListenAddress 127.0.0.1
+HostKey /srv/private/host
+AllowUsers git
+AuthorizedKeysFile /srv/private/user.pub
+PasswordAuthentication no
+UsePAM no
+StrictModes no
+PidFile none
+END
+systemd-run --quiet --unit=sshd-private "$(command -v sshd)" -D -e -f /srv/private/config
+for port in $2 $3; do
+    until (: </dev/tcp/127.0.0.1/$port) 2>/dev/null; do sleep 0.05; done
+done
+"#;
+
+impl Private {
+    async fn start(space: &Space) -> Self {
+        let url = push(space.testbed, &space.namespace, "hello-python", "python");
+        let (_, file) = url.rsplit_once('/').expect("a file in a url");
+        let git = space.testbed.description().addresses.git.to_string();
+        let free = || {
+            let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+            listener
+                .local_addr()
+                .expect("its address")
+                .port()
+                .to_string()
+        };
+        let (https, ssh) = (free(), free());
+        let words = ["bash", "-euc", START_PRIVATE_SERVER, "private"];
+        let arguments = [git.as_str(), &https, &ssh, file, TOKEN];
+        space.on("n1", &[&words[..], &arguments].concat()).await;
+        let file_of = async |name: &str| {
+            let path = format!("/srv/private/{name}");
+            space.on("n1", &["cat", &path]).await
+        };
+        let authority = file_of("certificate.pem").await;
+        space
+            .testbed
+            .trust_authority(&authority)
+            .await
+            .expect("an authority");
+        Self {
+            key: file_of("user").await,
+            known_hosts: format!("[127.0.0.1]:{ssh} {}", file_of("host.pub").await),
+            https: format!("https://127.0.0.1:{https}/{}-", space.namespace),
+            ssh: format!("ssh://git@127.0.0.1:{ssh}/srv/private/git/"),
+        }
+    }
+
+    /// The text with its private repositories where they are here.
+    fn served(&self, text: &str) -> String {
+        let [https, ssh] = PRIVATE_SERVERS;
+        text.replace(https, &self.https).replace(ssh, &self.ssh)
+    }
+}
+
+/// Runs a command of the page as a user would, in a folder with these files.
+fn run(space: &Space, command: &str, files: &[(&str, &str)]) {
+    let folder = support::folder(files);
+    let script = format!(
+        "kubectl() {{ command kubectl --namespace={} \"$@\"; }}\n{command}",
+        space.namespace
+    );
+    let programs = space.testbed.directory().join("bin");
+    let path = std::env::var("PATH").unwrap_or_default();
+    let output = Command::new("sh")
+        .args(["-euc", &script])
+        .current_dir(folder.path())
+        .env("PATH", format!("{}:{path}", programs.display()))
+        .env("KUBECONFIG", space.testbed.kubeconfig())
+        .env("TOKEN", TOKEN)
+        .output()
+        .expect("sh");
+    assert!(output.status.success(), "{command}: {output:?}");
 }
 
 fn read(path: &str) -> String {
@@ -167,6 +313,9 @@ fn push(testbed: &Testbed, namespace: &str, name: &str, folder: &str) -> String 
                 "user.email=examples@example.com",
             ])
             .args(words)
+            // The same files are the same commit, however often they are served.
+            .env("GIT_AUTHOR_DATE", "2026-01-01T00:00:00Z")
+            .env("GIT_COMMITTER_DATE", "2026-01-01T00:00:00Z")
             .current_dir(work.path())
             .output()
             .expect("git");

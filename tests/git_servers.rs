@@ -13,6 +13,8 @@ mod support;
 use std::process::Command;
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use futures::future::join_all;
 use kari::agent::host::mirror::{MirrorKey, SourceUrl};
 use kari::agent::host::unit::fetch_unit_name;
@@ -139,6 +141,7 @@ cat >nginx.conf <<END
 error_log stderr; pid /srv/private/pid; daemon off;
 events {}
 http {
+    map "\$remote_addr \$http_authorization" \$echo { default ''; "~^$ip Basic" 1; }
     log_format sent '\$server_addr \$http_authorization';
     ssl_certificate certificate.pem;
     ssl_certificate_key key.pem;
@@ -152,8 +155,12 @@ http {
             proxy_pass http://$git/;
         }
         location /away/ { return 302 https://$elsewhere:8444\$request_uri; }
-        # It says what it was sent.
-        location /echo/ { default_type text/plain; return 403 "refused: \$http_authorization"; }
+        # To the node it says what it was sent.
+        location /echo/ {
+            default_type text/plain;
+            if (\$echo) { return 403 "refused: \$http_authorization\\n"; }
+            auth_basic git; auth_basic_user_file users; proxy_pass http://$git/;
+        }
     }
     server {
         listen $elsewhere:8444 ssl;
@@ -348,11 +355,25 @@ async fn a_private_repository_is_read_by_https_and_a_credential_goes_to_no_other
             "SourceUnavailable",
             "leads elsewhere",
         ),
-        ("echo", "Stalled", "AuthenticationFailed", "403"),
     ] {
         let message = says(&space, name, kind, why, LIMIT).await;
         assert!(message.contains(with), "{name}: {message}");
     }
+    let failure = |r: &kari::api::Release| {
+        let attempt = r.status.as_ref().and_then(|s| s.attempt.as_ref());
+        let failure = attempt.and_then(|attempt| attempt.failure.as_ref());
+        failure.map(|f| (f.reason.clone(), f.message.clone()))
+    };
+    let release = space
+        .release_until("echo", NODE, "refused", DEPLOY_LIMIT, |r| {
+            failure(r).is_some()
+        })
+        .await;
+    let (why, message) = failure(&release).expect("a failure");
+    assert_eq!(why, "AuthenticationFailed", "{message}");
+    let log = "grep -rh 'refused: Basic' /var/lib/kari/mirrors/*.log";
+    let log = space.on(NODE, &["sh", "-c", log]).await;
+    assert_eq!(log.trim(), "remote: refused: Basic ***");
     // Where it was led to it was asked for a credential, and none was sent.
     let sent = space.on(NODE, &["cat", "/srv/private/sent"]).await;
     assert!(sent.contains(elsewhere.as_str()), "{sent}");
@@ -368,11 +389,6 @@ async fn a_private_repository_is_read_by_https_and_a_credential_goes_to_no_other
     manifest["spec"]["source"]["git"]["submodules"] = json!(true);
     space.apply(&manifest).await;
     space.request_look("basic").await;
-    let failure = |r: &kari::api::Release| {
-        let attempt = r.status.as_ref().and_then(|s| s.attempt.as_ref());
-        let failure = attempt.and_then(|attempt| attempt.failure.as_ref());
-        failure.map(|f| (f.reason.clone(), f.message.clone()))
-    };
     let release = space
         .release_until("basic", NODE, "refused", DEPLOY_LIMIT, |r| {
             failure(r).is_some()
@@ -383,7 +399,9 @@ async fn a_private_repository_is_read_by_https_and_a_credential_goes_to_no_other
     let sent = space.on(NODE, &["cat", "/srv/private/sent"]).await;
     assert!(sent.lines().all(|line| line.ends_with(" -")), "{sent}");
 
-    for secret in [PASSWORD, TOKEN] {
+    // As a header has it: a server may say what it was sent.
+    let header = BASE64.encode(format!("user:{PASSWORD}"));
+    for secret in [PASSWORD, TOKEN, &header] {
         planted_nowhere(&space, secret).await;
     }
 }

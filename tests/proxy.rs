@@ -537,6 +537,30 @@ async fn a_certificate_is_served_and_changed_under_load_without_a_failed_request
         "ls -A /var/lib/kari/proxy/certificates /run/kari/proxy/certificates | grep web.tls || :";
     assert_eq!(run(left), "");
     node.proxy.remove(&app).await.unwrap();
+
+    // Somebody else has the port for TLS: what needs it is told who, and the rest is served.
+    node.systemd
+        .stop_unit(UNIT, Duration::from_secs(20))
+        .await
+        .unwrap();
+    let holder = std::net::TcpListener::bind((Ipv4Addr::UNSPECIFIED, HTTPS_PORT)).unwrap();
+    node.proxy.ensure().await.unwrap();
+    node.proxy.publish(&host).await.unwrap();
+    assert!(ask("127.0.0.1", "tls.test", "GET /").ends_with("\r\n\r\nv1"));
+    let id = keep("c", &first);
+    let by_tls = with_certificate(host.clone(), &id);
+    let error = node.proxy.publish(&by_tls).await.unwrap_err();
+    let pid = format!("(pid {})", std::process::id());
+    assert!(
+        matches!(&error, ProxyError::NoTls { why, .. } if why.contains(&pid)),
+        "{error}"
+    );
+    drop(holder);
+    node.proxy.ensure().await.unwrap();
+    node.proxy.publish(&by_tls).await.unwrap();
+    let answer = traffic::get_once(&client, to, "tls.test", "/").await;
+    assert_eq!(answer.unwrap().0, 200);
+    node.proxy.remove(&app).await.unwrap();
 }
 
 /// `SWITCHES=100` for a longer proof.

@@ -540,9 +540,12 @@ async fn a_host_is_served_by_https_and_a_new_certificate_costs_no_request_and_no
     let mut manifest = manifest("shop", &repository.url, host);
     manifest["spec"]["source"]["git"]["intervalSeconds"] = json!(10);
     manifest["spec"]["processes"][0]["route"]["tls"] = json!({"secretName": "shop-tls"});
-    let secret = async |certificate: &str, key: &str| {
+    let secret = async |certificate: &str, key: &str, look: bool| {
         let data = [("tls.crt", certificate), ("tls.key", key)];
         space.secret("shop-tls", "kubernetes.io/tls", &data).await;
+        if look {
+            space.request_look("shop").await;
+        }
     };
     // Nothing begins before it can be served.
     space.apply(&manifest).await;
@@ -553,7 +556,7 @@ async fn a_host_is_served_by_https_and_a_new_certificate_costs_no_request_and_no
         "there is no Secret shop-tls",
     )
     .await;
-    secret(&first.certificate, &second.key).await;
+    secret(&first.certificate, &second.key, true).await;
     stalled(
         &space,
         "shop",
@@ -571,7 +574,7 @@ async fn a_host_is_served_by_https_and_a_new_certificate_costs_no_request_and_no
             .len(),
         0
     );
-    secret(&first.certificate, &first.key).await;
+    secret(&first.certificate, &first.key, true).await;
     let deployed = space.ready_at("shop", &repository.commit).await;
     let revision = deployed.status.and_then(|s| s.revision);
 
@@ -597,7 +600,8 @@ async fn a_host_is_served_by_https_and_a_new_certificate_costs_no_request_and_no
     })
     .await;
     let changed = std::time::Instant::now();
-    secret(&second.certificate, &second.key).await;
+    // Nobody asks for a look: it comes by itself.
+    secret(&second.certificate, &second.key, false).await;
     until("the new certificate is shown", LIMIT, || async {
         let shown = client.shown(&second);
         (shown >= 10).then_some(()).ok_or(shown)
@@ -622,7 +626,7 @@ async fn a_host_is_served_by_https_and_a_new_certificate_costs_no_request_and_no
     );
 
     // A broken one is not served: the last good one is.
-    secret(&first.certificate, "no key").await;
+    secret(&first.certificate, "no key", true).await;
     stalled(
         &space,
         "shop",

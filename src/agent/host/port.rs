@@ -219,6 +219,14 @@ pub fn holder_of(port: u16, own: &BTreeSet<u32>) -> Option<String> {
     Some(format!("a process of uid {}", stranger.uid))
 }
 
+/// The uid of whoever listens on `port`, on any address, if it is not `own`.
+pub fn stranger_on(port: u16, own: Option<u32>) -> Option<u32> {
+    let listeners = listeners().ok()?;
+    let on_port = listeners.iter().filter(|l| l.address.port() == port);
+    let mut uids = on_port.map(|l| l.uid);
+    uids.find(|uid| Some(*uid) != own)
+}
+
 /// The processes that have one of the sockets open, as far as /proc shows them.
 fn pids_with_socket(inodes: &BTreeSet<u64>) -> BTreeSet<u32> {
     let wanted: BTreeSet<String> = inodes

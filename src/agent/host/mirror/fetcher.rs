@@ -412,9 +412,8 @@ impl Mirrors {
             return Ok(log);
         };
         let masked = credential.mask(&log);
-        if masked != log {
-            write_durably(&path, masked.as_bytes(), 0o600)?;
-        }
+        // Always: what stands before the end that was read goes.
+        write_durably(&path, masked.as_bytes(), 0o600)?;
         Ok(masked)
     }
 

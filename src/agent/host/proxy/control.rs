@@ -1,8 +1,9 @@
 //! Writing and measuring.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
@@ -11,15 +12,15 @@ use tokio::time::{Instant, sleep, timeout_at};
 use super::answer::{came_from, names};
 use super::certificates::Certificates;
 use super::configuration::{
-    self, IDENTITY_PATH, MEASURE_HEADER, PAUSED_FOLDER, UNIT, pause_file, pause_files_of,
-    render_unit, render_virtual_host, settings_digest, virtual_host_file,
+    self, IDENTITY_PATH, MEASURE_HEADER, PAUSED_FOLDER, RUN_FOLDER, UNIT, pause_file,
+    pause_files_of, render_unit, render_virtual_host, settings_digest, virtual_host_file,
 };
 use super::reload::{OldWorkers, Reloads, Worker};
 use super::{
     CertificateId, HostName, ProxySettings, RouteTarget, VirtualHost, certificate_of,
     measured_path, tls,
 };
-use crate::agent::host::port::holder_of;
+use crate::agent::host::port::{holder_of, stranger_on};
 use crate::agent::host::probe::{self, ANY_LABEL, Answer};
 use crate::agent::host::store::{self, StoreError, UnitFiles, write_durably};
 use crate::agent::host::systemd::{ActiveState, Systemd, SystemdError};
@@ -81,12 +82,12 @@ pub enum ProxyError {
         message: String,
     },
     /// A host is to be served over https, and the node does not do that.
-    #[error(
-        "{host} has a certificate, and this node's agent was started with --https-port=0: give it a port, or leave out route.tls"
-    )]
+    #[error("{host} has a certificate, and this node serves nothing by https: {why}")]
     NoTls {
         /// The host.
         host: String,
+        /// Why, and what to do.
+        why: String,
     },
     /// A certificate is not on the disk.
     #[error("the certificate of {host} is not on this node yet")]
@@ -133,6 +134,9 @@ struct Inner {
     settings: ProxySettings,
     reloads: Reloads,
     certificates: Certificates,
+    /// Who held the port for TLS when that was last looked at: then nothing listens there, as nginx would take no
+    /// configuration at all.
+    tls_holder: Mutex<Option<String>>,
 }
 
 impl Proxy {
@@ -146,6 +150,7 @@ impl Proxy {
         Self {
             inner: Arc::new(Inner {
                 certificates: Certificates::new(&folder),
+                tls_holder: Mutex::default(),
                 folder,
                 units,
                 reloads: Reloads::new(systemd.clone()),
@@ -162,9 +167,10 @@ impl Proxy {
             folder,
             units,
             systemd,
-            settings,
             ..
         } = &*self.inner;
+        self.look_at_tls_port();
+        let settings = &self.settings();
         store::make_folder(&self.vhosts(), 0o755, None)?;
         store::make_folder(&self.paused(), 0o755, None)?;
         self.inner.certificates.ensure()?;
@@ -197,6 +203,33 @@ impl Proxy {
             Ok(()) => Ok(()),
             Err(error) => Err(self.blame_holder_of_port().await?.unwrap_or(error)),
         }
+    }
+
+    /// The settings, without TLS while somebody else holds its port.
+    fn settings(&self) -> ProxySettings {
+        let mut settings = self.inner.settings.clone();
+        if self.tls_holder().is_some() {
+            settings.https_port = 0;
+        }
+        settings
+    }
+
+    fn tls_holder(&self) -> MutexGuard<'_, Option<String>> {
+        let holder = self.inner.tls_holder.lock();
+        holder.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Another's port must not take what is served without TLS down. The proxy's own user is the owner of its folder.
+    fn look_at_tls_port(&self) {
+        let own = std::fs::metadata(RUN_FOLDER)
+            .ok()
+            .map(|folder| folder.uid());
+        let port = self.inner.settings.https_port;
+        let stranger = Some(port).filter(|port| *port != 0);
+        let stranger = stranger.and_then(|port| stranger_on(port, own));
+        *self.tls_holder() = stranger.map(|uid| {
+            holder_of(port, &BTreeSet::new()).unwrap_or_else(|| format!("a process of uid {uid}"))
+        });
     }
 
     async fn start(&self) -> Result<(), ProxyError> {
@@ -233,7 +266,7 @@ impl Proxy {
 
     /// The error that names who holds the port, if that is somebody else.
     async fn blame_holder_of_port(&self) -> Result<Option<ProxyError>, ProxyError> {
-        let settings = &self.inner.settings;
+        let settings = self.settings();
         let ports = [settings.http_port, settings.https_port];
         let own: BTreeSet<u32> = self
             .inner
@@ -276,8 +309,18 @@ impl Proxy {
                 continue;
             };
             let host_name = || name.to_string();
-            if self.inner.settings.https_port == 0 {
-                return Err(ProxyError::NoTls { host: host_name() });
+            if self.settings().https_port == 0 {
+                let why = match &*self.tls_holder() {
+                    Some(holder) => format!(
+                        "port {} is held by {holder}: stop it, or give the agent another --https-port",
+                        self.inner.settings.https_port
+                    ),
+                    None => "its agent was started with --https-port=0: give it a port, or leave out route.tls".to_owned(),
+                };
+                return Err(ProxyError::NoTls {
+                    host: host_name(),
+                    why,
+                });
             }
             if !self.inner.certificates.has(&host.app, id) {
                 return Err(ProxyError::NoCertificate { host: host_name() });
@@ -292,7 +335,7 @@ impl Proxy {
     /// What it returns has to drain before the old process may stop: nothing, if all was so already.
     pub async fn publish(&self, host: &VirtualHost) -> Result<OldWorkers, ProxyError> {
         let path = self.vhosts().join(virtual_host_file(&host.app));
-        let text = render_virtual_host(host, &self.inner.settings, &self.inner.folder);
+        let text = render_virtual_host(host, &self.settings(), &self.inner.folder);
         let before = store::read(&path)?;
         let paused = self.pause(host)?;
         if before.as_deref() == Some(text.as_bytes()) {
@@ -507,7 +550,7 @@ impl Proxy {
 
     /// What the server that refuses calls itself.
     fn own_name(&self) -> String {
-        format!("kari-proxy {}", settings_digest(&self.inner.settings))
+        format!("kari-proxy {}", settings_digest(&self.settings()))
     }
 
     async fn measure_settings(&self) -> Result<(), ProxyError> {

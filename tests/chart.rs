@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::LazyLock;
 
+use clap::{Arg, CommandFactory as _};
 use serde_json::{Value, json};
 use testbed::program::ControlPlane;
 
@@ -258,12 +259,37 @@ fn each_host_path_and_each_capability_has_its_reason_beside_it() {
             assert!(lines[at - 2].starts_with('#'), "no reason above {line}");
         }
     }
-    assert_eq!(paths, 8);
+    assert_eq!(paths, 10);
     let after = lines.iter().skip_while(|line| **line != "add:").skip(1);
     let capabilities: Vec<_> = after.take_while(|line| line.starts_with("- ")).collect();
     assert_eq!(capabilities.len(), 3);
     for line in capabilities {
         assert!(line.contains(" # "), "no reason beside {line}");
+    }
+}
+
+#[test]
+fn every_flag_of_the_programs_is_set_by_a_value() {
+    let all = kari::arguments::Arguments::command();
+    for (part, text) in [
+        (
+            "controller",
+            include_str!("../charts/kari/templates/controller.yaml"),
+        ),
+        ("agent", include_str!("../charts/kari/templates/agent.yaml")),
+    ] {
+        let command = all.find_subcommand(part).expect("a part");
+        let flags: Vec<_> = command.get_arguments().filter_map(Arg::get_long).collect();
+        assert!(flags.len() >= 4, "{part}: {flags:?}");
+        for flag in flags {
+            // What is for all parts is set by a variable.
+            let in_general = all.get_arguments().any(|arg| arg.get_long() == Some(flag));
+            let there = text.contains(&format!("- --{flag}"));
+            assert!(
+                there || in_general,
+                "the chart never gives --{flag} to the {part}"
+            );
+        }
     }
 }
 
@@ -730,6 +756,7 @@ fn table() -> Vec<Row> {
             json!(true),
             &[
                 "- ValidatingAdmissionPolicy/kari-tenants.spec.variables[open].expression \"variables.data.size() == 0\"",
+                "+ ValidatingAdmissionPolicy/kari-tenants.spec.variables[open].expression \"false\"",
                 "- ….spec.paramRef.parameterNotFoundAction \"Allow\"",
                 "+ ValidatingAdmissionPolicyBinding/kari-tenants.spec.paramRef.parameterNotFoundAction \"Deny\"",
             ],

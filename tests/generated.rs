@@ -151,12 +151,14 @@ fn every_test_that_the_security_page_names_is_there() {
         let is_name = |text: &str| text.chars().all(|c| c.is_ascii_lowercase() || c == '_');
         (is_name(file) && is_name(name) && name.contains('_')).then_some((file, name))
     });
-    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let tests = root.join("tests");
     let mut count = 0;
     for (file, name) in named {
         count += 1;
         // A file, or a folder of files.
-        let mut files = vec![tests.join(format!("{file}.rs"))];
+        let rust = format!("{file}.rs");
+        let mut files = vec![tests.join(&rust), root.join("src").join(&rust)];
         if let Ok(folder) = std::fs::read_dir(tests.join(file)) {
             files.extend(folder.flatten().map(|entry| entry.path()));
         }

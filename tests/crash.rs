@@ -10,6 +10,7 @@
 mod support;
 
 use serde_json::json;
+use support::tls::{Authority, Tls};
 use support::{DEPLOY_LIMIT, LIMIT, Space, app, folder, is, until};
 use testbed::{Part, Testbed};
 use tokio::sync::Mutex;
@@ -218,13 +219,17 @@ async fn a_node_that_reboots_without_agent_and_api_comes_up_serving() {
     let space = Space::new(support::testbed(1).await, "reboot").await;
     let files = folder(&app::files("one"));
     let repository = space.push("shop", files.path());
-    space
-        .apply(&app::manifest(
-            "shop",
-            &repository.url,
-            "reboot.example.com",
-        ))
-        .await;
+    let host = "reboot.example.com";
+    let authority = Authority::new();
+    let certificate = authority.issue(&[host]);
+    let data = [
+        ("tls.crt", certificate.certificate.as_str()),
+        ("tls.key", &certificate.key),
+    ];
+    space.secret("tls", "kubernetes.io/tls", &data).await;
+    let mut manifest = app::manifest("shop", &repository.url, host);
+    manifest["spec"]["processes"][0]["route"]["tls"] = serde_json::json!({"secretName": "tls"});
+    space.apply(&manifest).await;
     space.ready_at("shop", &repository.commit).await;
     kill(space.testbed, "agent/n1").await;
     // It would end by itself when it can't renew its Lease, sooner or later.
@@ -232,8 +237,10 @@ async fn a_node_that_reboots_without_agent_and_api_comes_up_serving() {
     kill(space.testbed, "apiserver").await;
     kill(space.testbed, "node/n1").await;
     start(space.testbed, "node/n1").await;
+    let client = Tls::new(support::Lab(space.testbed), &authority, host);
+    let to = space.tls_proxy(NODE);
     until("the node serves", LIMIT, || async {
-        match space.get(NODE, "reboot.example.com").await {
+        match support::traffic::get_once(&client, to, host, "/").await {
             Ok((200, body)) if body == "one" => Ok(()),
             other => Err(other),
         }

@@ -10,6 +10,7 @@
 mod support;
 
 use serde_json::json;
+use support::gitops::{argo_health, said, write_chart};
 use support::{DEPLOY_LIMIT, LIMIT, Space, app, folder, is, reason, until};
 
 const NODE: &str = "n1";
@@ -362,4 +363,144 @@ async fn a_placement_that_matches_no_node_says_so_and_leaving_it_takes_the_app_a
         }
     })
     .await;
+}
+
+#[tokio::test]
+async fn helm_waits_until_a_deployment_is_ready_or_stalled_and_argo_cd_says_the_same() {
+    let space = space("helm").await;
+    let files = folder(&app::files("one"));
+    let repository = space.push("shop", files.path());
+    let mut manifest = app::manifest("shop", &repository.url, "helm.example.com");
+    let chart = folder(&[]);
+    let path = chart.path().display().to_string();
+    write_chart(chart.path(), &manifest);
+    let install = ["install", "shop", &path, "--wait", "--timeout=110s"];
+    let installed = space.run("helm", &install).await;
+    assert!(installed.status.success(), "{}", said(&installed));
+    // It has returned: so it is served.
+    assert_eq!(
+        space.get(NODE, "helm.example.com").await,
+        Ok((200, "one".into()))
+    );
+    let deployment = space
+        .deployments()
+        .get("shop")
+        .await
+        .expect("the Deployment");
+    assert_eq!(argo_health(&deployment), "Healthy");
+
+    // Who applies it again changes nothing, and says so before.
+    let file = chart
+        .path()
+        .join("templates/shop.yaml")
+        .display()
+        .to_string();
+    let by = ["--server-side", "--field-manager=gitops", "-f", &file];
+    let applied = space
+        .run(
+            "kubectl",
+            &[&["apply", "--force-conflicts"][..], &by].concat(),
+        )
+        .await;
+    assert!(applied.status.success(), "{}", said(&applied));
+    let differs = space.run("kubectl", &[&["diff"][..], &by].concat()).await;
+    assert!(differs.status.success(), "{}", said(&differs));
+
+    // A second manager adds a field, and cannot take one.
+    let other = |spec: serde_json::Value| {
+        let manifest = json!({"apiVersion": "kari.dev/v1alpha1", "kind": "Deployment", "metadata": {"name": "shop"}, "spec": spec});
+        support::write(chart.path(), &[("other.json", &manifest.to_string())]);
+        chart.path().join("other.json").display().to_string()
+    };
+    let by_other = ["apply", "--server-side", "--field-manager=other", "-f"];
+    let file = other(json!({"revisionHistoryLimit": 3}));
+    let added = space
+        .run("kubectl", &[&by_other[..], &[&file]].concat())
+        .await;
+    assert!(added.status.success(), "{}", said(&added));
+    let file = other(json!({"strategy": {"minReadySeconds": 2}}));
+    let taken = space
+        .run("kubectl", &[&by_other[..], &[&file]].concat())
+        .await;
+    assert!(
+        said(&taken).contains("conflicts with \"gitops\""),
+        "{}",
+        said(&taken)
+    );
+
+    // What only a person can mend ends the wait long before its time.
+    manifest["spec"]["source"]["git"]["ref"] = json!({"tag": "none"});
+    write_chart(chart.path(), &manifest);
+    let upgrade = [
+        "upgrade",
+        "shop",
+        &path,
+        "--wait",
+        "--timeout=300s",
+        "--force-conflicts",
+    ];
+    let begin = std::time::Instant::now();
+    let upgraded = space.run("helm", &upgrade).await;
+    assert!(!upgraded.status.success(), "{}", said(&upgraded));
+    assert!(begin.elapsed() < LIMIT, "{}", said(&upgraded));
+    assert!(
+        said(&upgraded).contains("has no refs/tags/none; push it"),
+        "{}",
+        said(&upgraded)
+    );
+    let deployment = space
+        .deployments()
+        .get("shop")
+        .await
+        .expect("the Deployment");
+    assert_eq!(argo_health(&deployment), "Degraded");
+
+    let suspended = json!({"spec": {"suspend": true, "source": {"git": {"ref": {"tag": null, "branch": "main"}}}}});
+    let patch = kube::api::Patch::Merge(suspended);
+    let patched = space
+        .deployments()
+        .patch("shop", &Default::default(), &patch)
+        .await;
+    patched.expect("patched");
+    let deployment = space
+        .deployment_until("shop", "not Stalled", LIMIT, |d| {
+            let status = d.status.clone().unwrap_or_default();
+            Some(status.observed_generation) == d.metadata.generation
+                && is(&status.conditions, "Stalled", "False")
+        })
+        .await;
+    assert_eq!(argo_health(&deployment), "Suspended");
+}
+
+#[tokio::test]
+async fn what_an_apply_set_no_longer_has_is_pruned() {
+    let space = space("prune").await;
+    let files = folder(&app::files("one"));
+    let repository = space.push("shop", files.path());
+    let set = folder(&[]);
+    for name in ["stays", "goes"] {
+        let host = format!("{name}.prune.example.com");
+        let mut manifest = app::manifest(name, &repository.url, &host);
+        manifest["spec"]["suspend"] = json!(true);
+        let file = format!("{name}.json");
+        support::write(set.path(), &[(&file, &manifest.to_string())]);
+    }
+    let path = set.path().display().to_string();
+    let apply = ["apply", "--prune", "--applyset=configmaps/set", "-f", &path];
+    let applied = space.run("kubectl", &apply).await;
+    assert!(applied.status.success(), "{}", said(&applied));
+    std::fs::remove_file(set.path().join("goes.json")).expect("removed");
+    let applied = space.run("kubectl", &apply).await;
+    assert!(applied.status.success(), "{}", said(&applied));
+    let left = space
+        .deployments()
+        .list(&Default::default())
+        .await
+        .expect("a list");
+    let left: Vec<_> = left
+        .items
+        .into_iter()
+        .filter_map(|d| d.metadata.name)
+        .collect();
+    assert_eq!(left, ["stays"]);
 }

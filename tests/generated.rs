@@ -143,6 +143,35 @@ fn every_reason_has_a_section_of_its_class_in_the_troubleshooting_page() {
     assert_eq!(sections, expected);
 }
 
+#[test]
+fn every_test_that_the_security_page_names_is_there() {
+    let page = include_str!("../docs/security.md");
+    let named = page.split('`').filter_map(|code| {
+        let (file, name) = code.split_once(": ")?;
+        let is_name = |text: &str| text.chars().all(|c| c.is_ascii_lowercase() || c == '_');
+        (is_name(file) && is_name(name) && name.contains('_')).then_some((file, name))
+    });
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let mut count = 0;
+    for (file, name) in named {
+        count += 1;
+        // A file, or a folder of files.
+        let mut files = vec![tests.join(format!("{file}.rs"))];
+        if let Ok(folder) = std::fs::read_dir(tests.join(file)) {
+            files.extend(folder.flatten().map(|entry| entry.path()));
+        }
+        let texts = files
+            .iter()
+            .filter_map(|path| std::fs::read_to_string(path).ok());
+        let function = format!("fn {name}(");
+        assert!(
+            texts.into_iter().any(|text| text.contains(&function)),
+            "docs/security.md names tests/{file}: {name}, which is not there"
+        );
+    }
+    assert!(count > 15, "only {count} tests are named");
+}
+
 fn compare_or_write(file: &Path, wanted: &str) {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(file);
     if std::env::var_os("KARI_WRITE_GENERATED").is_some() {

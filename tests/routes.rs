@@ -17,7 +17,8 @@ use kari::api::Release;
 use kari::api::release::Failure;
 use kube::api::DeleteParams;
 use serde_json::{Value, json};
-use support::traffic::Connect as _;
+use support::tls::{Authority, Tls};
+use support::traffic::{Connect as _, Traffic};
 use support::{DEPLOY_LIMIT, LIMIT, Lab, Space, app, folder, is, reason, until};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -515,4 +516,124 @@ async fn the_distributions_nginx_on_the_port_is_named_and_harms_no_other_node() 
     space.on(OTHER_NODE, &["systemctl", "stop", "nginx"]).await;
     space.ready_at("shop", &repository.commit).await;
     assert_eq!(space.get(OTHER_NODE, host).await, Ok((200, "one".into())));
+}
+
+/// Waits until a Deployment is Stalled for a reason that says `words`.
+async fn stalled(space: &Space, name: &str, why: &str, words: &str) {
+    let what = format!("Stalled: {why}, {words}");
+    space
+        .deployment_until(name, &what, LIMIT, |d| {
+            let conditions = d.status.clone().unwrap_or_default().conditions;
+            let stalled = conditions.into_iter().find(|c| c.type_ == "Stalled");
+            stalled.is_some_and(|c| c.reason == why && c.message.contains(words))
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_host_is_served_by_https_and_a_new_certificate_costs_no_request_and_no_restart() {
+    let space = space("tls").await;
+    let (host, authority) = ("tls.example.com", Authority::new());
+    let (first, second) = (authority.issue(&[host]), authority.issue(&[host]));
+    let files = folder(&app::files("one"));
+    let repository = space.push("shop", files.path());
+    let mut manifest = manifest("shop", &repository.url, host);
+    manifest["spec"]["source"]["git"]["intervalSeconds"] = json!(10);
+    manifest["spec"]["processes"][0]["route"]["tls"] = json!({"secretName": "shop-tls"});
+    let secret = async |certificate: &str, key: &str| {
+        let data = [("tls.crt", certificate), ("tls.key", key)];
+        space.secret("shop-tls", "kubernetes.io/tls", &data).await;
+    };
+    // Nothing begins before it can be served.
+    space.apply(&manifest).await;
+    stalled(
+        &space,
+        "shop",
+        "ReferenceNotFound",
+        "there is no Secret shop-tls",
+    )
+    .await;
+    secret(&first.certificate, &second.key).await;
+    stalled(
+        &space,
+        "shop",
+        "ReferenceNotFound",
+        "is not the key of the first certificate",
+    )
+    .await;
+    assert_eq!(
+        space
+            .releases()
+            .list(&Default::default())
+            .await
+            .expect("a list")
+            .items
+            .len(),
+        0
+    );
+    secret(&first.certificate, &first.key).await;
+    let deployed = space.ready_at("shop", &repository.commit).await;
+    let revision = deployed.status.and_then(|s| s.revision);
+
+    let client = Tls::new(support::Lab(space.testbed), &authority, host);
+    let to = space.tls_proxy(NODE);
+    let get = async || support::traffic::get_once(&client, to, host, "/").await;
+    assert_eq!(get().await, Ok((200, "one".to_owned())));
+    assert_eq!(client.shown(&first), 1);
+    let answer = ask(&space, host, "/x?y").await;
+    assert!(answer.starts_with("HTTP/1.1 308 "), "{answer}");
+    assert!(
+        answer.contains("\r\nLocation: https://tls.example.com/x?y\r\n"),
+        "{answer}"
+    );
+
+    let service = format!("kari.{}.shop.web.*.service", space.namespace);
+    let words = ["systemctl", "show", "--value", "-p", "MainPID", &service];
+    let pid = space.on(NODE, &words).await;
+    let traffic = Traffic::start(client.clone(), to, host, 200, 10);
+    until("requests are answered", LIMIT, || async {
+        let good = traffic.tally().good;
+        (good > 100).then_some(()).ok_or(good)
+    })
+    .await;
+    let changed = std::time::Instant::now();
+    secret(&second.certificate, &second.key).await;
+    until("the new certificate is shown", LIMIT, || async {
+        let shown = client.shown(&second);
+        (shown >= 10).then_some(()).ok_or(shown)
+    })
+    .await;
+    let took = changed.elapsed();
+    let tally = traffic.stop().await;
+    println!(
+        "  a new certificate after {:.1} s (interval 10 s): {} good, {} failed",
+        took.as_secs_f32(),
+        tally.good,
+        tally.failed.len()
+    );
+    assert_eq!(tally.failed, Vec::<String>::new());
+    assert_eq!(space.on(NODE, &words).await, pid, "started anew");
+    let release = space
+        .release_until("shop", NODE, "seen", LIMIT, |_| true)
+        .await;
+    assert_eq!(
+        (Some(release.spec.revision), release.spec.attempt),
+        (revision, 1)
+    );
+
+    // A broken one is not served: the last good one is.
+    secret(&first.certificate, "no key").await;
+    stalled(
+        &space,
+        "shop",
+        "ReferenceNotFound",
+        "tls.key is not a private key",
+    )
+    .await;
+    let shown = client.shown(&second);
+    assert_eq!(get().await, Ok((200, "one".to_owned())));
+    assert_eq!(client.shown(&second), shown + 1);
+    let keys = "stat -c '%a %u' /var/lib/kari/proxy/certificates/*";
+    let modes = space.on(NODE, &["sh", "-c", keys]).await;
+    assert!(modes.lines().all(|line| line == "600 0"), "{modes}");
 }

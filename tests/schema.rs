@@ -12,6 +12,7 @@ use kari::api::Deployment;
 use kube::api::{Api, DynamicObject, Patch, PatchParams, PostParams};
 use kube::core::{ApiResource, GroupVersionKind};
 use serde_json::{Value, json};
+use support::gitops::{argo_health, said, write_chart};
 
 /// A namespace in which the schema alone decides, not the policy on sandboxes.
 async fn privileged_space() -> support::Space {
@@ -34,6 +35,7 @@ fn good() -> Value {
                 "url": "https://git.example.com/shop.git",
                 "ref": {"branch": "main"},
                 "directory": "services/shop",
+                "secretRef": {"name": "shop-git"},
                 "submodules": true,
                 "allowRewind": false,
                 "intervalSeconds": 60,
@@ -60,7 +62,7 @@ fn good() -> Value {
                 "terminationGracePeriodSeconds": 30,
                 "stateDirectory": true,
                 "sandbox": {"writablePaths": ["/srv/shop"], "addressFamilies": ["AF_INET"], "capabilities": ["CAP_NET_BIND_SERVICE"], "deny": ["JIT"]},
-                "route": {"hosts": ["shop.example.com"], "path": "/shop"},
+                "route": {"hosts": ["shop.example.com"], "path": "/shop", "tls": {"secretName": "shop-tls"}},
             }],
             "strategy": {"switch": "BlueGreen", "maxUnavailable": 1, "minReadySeconds": 10, "progressDeadlineSeconds": 1800},
             "deletionPolicy": "Orphan",
@@ -575,6 +577,33 @@ fn bad() -> Vec<(&'static str, Value, &'static str)> {
             "route.hosts[0]",
         ),
         (
+            "a route with TLS of no Secret",
+            process("route", json!({"hosts": ["a.test"], "tls": {}})),
+            "route.tls.secretName: Required value",
+        ),
+        (
+            "a route with TLS of a Secret that has no name",
+            process(
+                "route",
+                json!({"hosts": ["a.test"], "tls": {"secretName": "Shop TLS"}}),
+            ),
+            "route.tls.secretName in body should match",
+        ),
+        (
+            "a credential without a name",
+            git("secretRef", json!({})),
+            "git.secretRef.name: Required value",
+        ),
+        (
+            "a credential that would go in the clear",
+            {
+                let mut manifest = git("secretRef", json!({"name": "shop-git"}));
+                manifest["spec"]["source"]["git"]["url"] = json!("http://git.example.com/shop.git");
+                manifest
+            },
+            "secretRef needs an https or ssh url",
+        ),
+        (
             "a route without hosts",
             process("route", json!({"hosts": []})),
             "should have at least 1 items",
@@ -935,4 +964,26 @@ async fn a_label_of_the_namespace_says_which_exceptions_to_the_jail_are_taken() 
             }
         }
     }
+}
+
+#[tokio::test]
+async fn what_no_controller_has_seen_is_in_progress_for_helm_and_argo_cd() {
+    let space = privileged_space().await;
+    let chart = support::folder(&[]);
+    write_chart(chart.path(), &good());
+    let path = chart.path().display().to_string();
+    let install = ["install", "shop", &path, "--wait", "--timeout=2s"];
+    let installed = space.run("helm", &install).await;
+    let said = said(&installed);
+    assert!(!installed.status.success(), "{said}");
+    assert!(
+        said.contains("InProgress") && said.contains("not ready"),
+        "{said}"
+    );
+    let deployment = space
+        .deployments()
+        .get("shop")
+        .await
+        .expect("the Deployment");
+    assert_eq!(argo_health(&deployment), "Progressing");
 }

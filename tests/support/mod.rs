@@ -11,6 +11,7 @@
 )]
 
 pub mod app;
+pub mod gitops;
 pub mod snapshot;
 pub mod tls;
 pub mod traffic;

@@ -112,6 +112,7 @@ ClusterRole/kari-edit
 ClusterRole/kari-view
 ClusterRoleBinding/kari-agent
 ClusterRoleBinding/kari-controller
+ConfigMap/kari-tenants
 CustomResourceDefinition/deployments.kari.dev
 CustomResourceDefinition/releases.kari.dev
 DaemonSet/kari-agent
@@ -720,6 +721,7 @@ fn table() -> Vec<Row> {
             "tenancy.required",
             json!(true),
             &[
+                "- ValidatingAdmissionPolicy/kari-tenants.spec.variables[open].expression \"variables.data.size() == 0\"",
                 "- ….spec.paramRef.parameterNotFoundAction \"Allow\"",
                 "+ ValidatingAdmissionPolicyBinding/kari-tenants.spec.paramRef.parameterNotFoundAction \"Deny\"",
             ],

@@ -37,8 +37,7 @@ async fn without_logs(space: &Space) -> Vec<String> {
 async fn a_deleted_deployment_leaves_the_host_as_it_was() {
     let _alone = ALONE.lock().await;
     let space = Space::new(support::testbed(1).await, "removal").await;
-    // The agent's own first fetch and user make what it keeps: nothing.
-    let before = snapshot(&space).await;
+    let before = snapshot::at_rest(&space, NODE).await;
     for policy in [PropagationPolicy::Background, PropagationPolicy::Foreground] {
         let files = folder(&app::files("one"));
         let repository = space.push("shop", files.path());
@@ -173,7 +172,7 @@ async fn what_is_orphaned_runs_on_and_is_taken_on_again_without_a_restart() {
     let space = Space::new(support::testbed(1).await, "orphan").await;
     let host = "orphan.example.com";
     let app = format!("{}.shop", space.namespace);
-    let before = snapshot(&space).await;
+    let before = snapshot::at_rest(&space, NODE).await;
     let files = folder(&app::files("one"));
     let repository = space.push("shop", files.path());
     let mut manifest = app::manifest("shop", &repository.url, host);

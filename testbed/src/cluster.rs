@@ -33,7 +33,7 @@ use crate::{
 pub const NAMESPACE: &str = "kari-system";
 
 /// The kinds of the chart's objects that say who may do what.
-const RULE_KINDS: [&str; 7] = [
+const RULE_KINDS: [&str; 8] = [
     "ServiceAccount",
     "ClusterRole",
     "ClusterRoleBinding",
@@ -41,6 +41,7 @@ const RULE_KINDS: [&str; 7] = [
     "RoleBinding",
     "ValidatingAdmissionPolicy",
     "ValidatingAdmissionPolicyBinding",
+    "ConfigMap", // what policies read
 ];
 
 /// The name by which this crate owns fields.

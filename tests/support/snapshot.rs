@@ -1,6 +1,6 @@
 //! A node as a list of lines, so that two looks can be compared.
 
-use super::Space;
+use super::{LIMIT, Space, until};
 
 /// All of a node that an app might leave something in, a line for each thing; logs and the journal left out,
 /// and the folders that the node only shares with the machine.
@@ -20,6 +20,24 @@ pub async fn of(space: &Space, node: &str) -> Vec<String> {
     lines.sort();
     lines.dedup();
     lines
+}
+
+/// What is on a node whose agent has made all that it makes at its start.
+pub async fn at_rest(space: &Space, node: &str) -> Vec<String> {
+    until("the agent has made what is its own", LIMIT, || async {
+        let lines = of(space, node).await;
+        let has = |path: &str| {
+            lines
+                .iter()
+                .any(|line| line.starts_with(&format!("{path} ")))
+        };
+        if has("/run/kari/agent.sock") && has("/var/lib/kari/ballast") {
+            Ok(lines)
+        } else {
+            Err("no socket or no ballast")
+        }
+    })
+    .await
 }
 
 /// What is in one snapshot and not in the other; nothing where they are equal.

@@ -258,7 +258,7 @@ fn each_host_path_and_each_capability_has_its_reason_beside_it() {
             assert!(lines[at - 2].starts_with('#'), "no reason above {line}");
         }
     }
-    assert_eq!(paths, 8);
+    assert_eq!(paths, 10);
     let after = lines.iter().skip_while(|line| **line != "add:").skip(1);
     let capabilities: Vec<_> = after.take_while(|line| line.starts_with("- ")).collect();
     assert_eq!(capabilities.len(), 3);
@@ -564,6 +564,14 @@ fn table() -> Vec<Row> {
             ],
         ),
         Row(
+            "agent.httpsPort",
+            json!(8443),
+            &[
+                "- ….args[] \"--https-port=443\"",
+                "+ DaemonSet/kari-agent….args[] \"--https-port=8443\"",
+            ],
+        ),
+        Row(
             "agent.healthPort",
             json!(9000),
             &[
@@ -722,6 +730,7 @@ fn table() -> Vec<Row> {
             json!(true),
             &[
                 "- ValidatingAdmissionPolicy/kari-tenants.spec.variables[open].expression \"variables.data.size() == 0\"",
+                "+ ….spec.variables[open].expression \"false\"",
                 "- ….spec.paramRef.parameterNotFoundAction \"Allow\"",
                 "+ ValidatingAdmissionPolicyBinding/kari-tenants.spec.paramRef.parameterNotFoundAction \"Deny\"",
             ],

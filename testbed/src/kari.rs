@@ -87,6 +87,7 @@ pub async fn install(
             },
             "agent": {
                 "httpPort": description.addresses.http_port,
+                "httpsPort": description.addresses.https_port,
                 "toolPath": tool_path,
                 "diskReserveMib": DISK_RESERVE_MIB,
                 "extraArguments": description.agent_arguments,

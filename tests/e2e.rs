@@ -10,11 +10,13 @@
 
 mod support;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use futures::future::try_join_all;
 use serde_json::json;
-use support::traffic::Traffic;
+use support::tls::{Authority, Tls};
+use support::traffic::{self, Traffic};
 use support::{DEPLOY_LIMIT, LIMIT, Lab, Space, until};
 use testbed::{Options, Testbed, images, process};
 
@@ -36,22 +38,25 @@ async fn the_installation_page_installs_upgrades_removes_and_brings_back_kari() 
         ..Options::default()
     };
     let testbed = support::testbed_of(options).await;
-    let app = App::new(testbed);
-    let page = Page::new(testbed, &app.push("one").url);
+    let authority = Authority::new();
+    let page = Page::new(testbed, &authority);
+    let space = Space {
+        testbed,
+        client: testbed.client().await.expect("a client"),
+        namespace: "web".to_owned(),
+    };
+    let app = App::new(&space, &page).await;
+    app.push("one").await;
     load_images(testbed);
 
     page.follow("Prepare the nodes").await;
     page.follow("Make the image").await;
     page.follow("Install").await;
     let printed = page.follow("Deploy an application").await;
-    assert!(printed.contains("one from Python"), "{printed}");
+    assert!(printed.contains("Welcome one from Python"), "{printed}");
 
-    let space = Space {
-        testbed,
-        client: testbed.client().await.expect("a client"),
-        namespace: "web".to_owned(),
-    };
-    upgrade_in_the_middle_of_a_rollout(&space, &app, &page).await;
+    let visitor = Tls::new(Lab(testbed), &authority, HOST);
+    upgrade_in_the_middle_of_a_rollout(&space, &visitor, &app, &page).await;
     let processes = processes(&space).await;
 
     page.follow("Uninstall, and install again: helm uninstall")
@@ -67,9 +72,9 @@ async fn the_installation_page_installs_upgrades_removes_and_brings_back_kari() 
     .await;
     assert_eq!(self::processes(&space).await, processes, "restarted");
     for node in NODES {
-        let answer = space.get(node, HOST).await;
+        let answer = traffic::get_once(&visitor, https(&space, node), HOST, "/").await;
         assert!(
-            matches!(&answer, Ok((200, body)) if body.contains("two")),
+            matches!(&answer, Ok((200, body)) if body.contains("Welcome two")),
             "{answer:?}"
         );
     }
@@ -85,6 +90,15 @@ async fn the_installation_page_installs_upgrades_removes_and_brings_back_kari() 
     }
 }
 
+/// Where a node's proxy takes TLS.
+fn https(space: &Space, node: &str) -> SocketAddr {
+    (
+        space.proxy(node).ip(),
+        space.testbed.description().addresses.https_port,
+    )
+        .into()
+}
+
 /// The image under two tags, so that there is something to upgrade to. It is made twice, and is the same.
 fn load_images(testbed: &Testbed) {
     let digests = ["0.1.0", "next"].map(|tag| {
@@ -98,14 +112,21 @@ fn load_images(testbed: &Testbed) {
     assert_eq!(digests[0], digests[1], "two builds of one image differ");
 }
 
-async fn upgrade_in_the_middle_of_a_rollout(space: &Space, app: &App, page: &Page) {
+async fn upgrade_in_the_middle_of_a_rollout(
+    space: &Space,
+    visitor: &Tls<Lab>,
+    app: &App,
+    page: &Page,
+) {
     let traffic =
-        NODES.map(|node| Traffic::start(Lab(space.testbed), space.proxy(node), HOST, REQUESTS, 2));
+        NODES.map(|node| Traffic::start(visitor.clone(), https(space, node), HOST, REQUESTS, 2));
+    let commit = app.push("two").await;
     // A build that takes long enough for the upgrade to meet it.
-    let slow = json!({"spec": {"build": {"run": "sleep 4", "network": false}}});
+    let slow = json!({
+        "metadata": {"annotations": {"kari.dev/requestedAt": "two"}},
+        "spec": {"build": {"run": "sleep 4", "network": false}},
+    });
     patch(space, &slow).await;
-    let commit = app.push("two").commit;
-    space.request_look("hello").await;
     space
         .deployment_until("hello", "changing a node", LIMIT, |d| {
             let status = d.status.as_ref();
@@ -208,14 +229,43 @@ async fn kubectl(testbed: &Testbed, arguments: &[&str]) -> String {
         .unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// The example that the page deploys, in the testbed's git server.
+/// The example that the page deploys, in a repository on the first node that one key may read, by ssh.
 struct App {
     testbed: &'static Testbed,
     files: tempfile::TempDir,
 }
 
+/// A git server with the account `git`, for which `deploy.key` is made.
+const GIT_SERVER: &str = r#"
+mkdir -p /srv/git /srv/ssh /run/sshd
+cd /srv/ssh
+for key in host deploy; do ssh-keygen -q -t ed25519 -N '' -f $key; done
+useradd --create-home --shell "$(command -v git-shell)" git
+passwd --quiet --delete git
+cat >config <<END
+Port 2222
+HostKey /srv/ssh/host
+AllowUsers git
+AuthorizedKeysFile /srv/ssh/deploy.pub
+PasswordAuthentication no
+UsePAM no
+StrictModes no
+PidFile none
+END
+systemd-run --quiet --unit=sshd "$(command -v sshd)" -D -e -f /srv/ssh/config
+until (: </dev/tcp/$1/2222) 2>/dev/null; do sleep 0.05; done
+"#;
+
+/// Brings the server's copy of a repository up to date.
+const PUBLISH: &str = r#"
+if [ -d /srv/git/hello.git ]; then git -c 'safe.directory=*' -C /srv/git/hello.git fetch --quiet
+else git clone --quiet --mirror "$1" /srv/git/hello.git; fi
+chown -R git /srv/git/hello.git
+"#;
+
 impl App {
-    fn new(testbed: &'static Testbed) -> Self {
+    /// Starts the server, and gives the administrator the key and the server's host key.
+    async fn new(space: &Space, page: &Page) -> Self {
         let files = tempfile::tempdir().expect("a folder");
         let example = repository().join("examples/python/hello");
         let copied = std::process::Command::new("cp")
@@ -224,20 +274,36 @@ impl App {
             .arg(files.path())
             .status();
         assert!(copied.expect("cp").success());
-        Self { testbed, files }
+        let ip = space.proxy(NODES[0]).ip().to_string();
+        space
+            .on(NODES[0], &["bash", "-euc", GIT_SERVER, "server", &ip])
+            .await;
+        let key = space.on(NODES[0], &["cat", "/srv/ssh/deploy"]).await;
+        page.write("deploy.key", &format!("{key}\n"));
+        let host = space.on(NODES[0], &["cat", "/srv/ssh/host.pub"]).await;
+        page.write("known_hosts", &format!("[{ip}]:2222 {host}\n"));
+        Self {
+            testbed: space.testbed,
+            files,
+        }
     }
 
-    /// Commits the example with another greeting.
-    fn push(&self, greeting: &str) -> testbed::Repository {
+    /// Commits the example with another greeting, and gives the commit.
+    async fn push(&self, greeting: &str) -> String {
         let file = self.files.path().join("hello/server.py");
         let text = std::fs::read_to_string(repository().join("examples/python/hello/server.py"))
             .expect("the example");
         let changed = text.replace("from Python", &format!("{greeting} from Python"));
         assert_ne!(text, changed, "the example says something else");
         std::fs::write(file, changed).expect("the example");
-        self.testbed
+        let pushed = self
+            .testbed
             .git_repository("hello", self.files.path(), greeting)
-            .unwrap_or_else(|e| panic!("{e}"))
+            .unwrap_or_else(|e| panic!("{e}"));
+        let node = self.testbed.node(NODES[0]).expect("a node");
+        let words = ["sh", "-euc", PUBLISH, "publish", &pushed.url];
+        node.output(words).await.unwrap_or_else(|e| panic!("{e}"));
+        pushed.commit
     }
 }
 
@@ -271,7 +337,8 @@ enum Place {
 }
 
 impl Page {
-    fn new(testbed: &'static Testbed, repository_url: &str) -> Self {
+    /// The administrator has a certificate of the authority.
+    fn new(testbed: &'static Testbed, authority: &Authority) -> Self {
         let text = std::fs::read_to_string(repository().join("docs/install.md")).expect("the page");
         let blocks = blocks(&text);
         let folder = tempfile::tempdir().expect("a folder");
@@ -281,17 +348,35 @@ impl Page {
             .iter()
             .find(|b| b.section == "What is yours")
             .expect("the names");
-        let variables = format!("{}\nREPOSITORY={repository_url}\n", names.commands);
+        let git = testbed.node(NODES[0]).expect("a node").ip();
+        // The one name that the test has otherwise: the page's has no server.
+        let url = format!("ssh://git@{git}:2222/srv/git/hello.git");
+        let variables = format!(
+            "{}
+REPOSITORY={url}
+",
+            names.commands
+        );
         assert!(
             variables.contains(IMAGE) && variables.contains(HOST),
             "{variables}"
         );
-        Self {
+        let page = Self {
             testbed,
             blocks,
             folder,
             variables,
-        }
+        };
+        let issued = authority.issue(&[HOST]);
+        page.write("hello.crt", &issued.certificate);
+        page.write("hello.key", &issued.key);
+        page.write("authority.pem", &authority.pem);
+        page
+    }
+
+    /// Writes a file that the administrator has.
+    fn write(&self, name: &str, content: &str) {
+        std::fs::write(self.folder.path().join(name), content).expect("a file");
     }
 
     /// Runs the commands of a section, those that contain what stands after a colon, and gives what they print.
@@ -314,8 +399,9 @@ impl Page {
                 Place::Administrator => {
                     printed.push_str(&self.run(&block.commands).await);
                     if block.commands.contains("cat >values.yaml") {
-                        // The testbed's git server has no https, and its disk is a developer's.
-                        self.run("printf 'controller: {insecureSourceSchemes: true}\\nagent: {diskReserveMib: 512}\\n' >>values.yaml").await;
+                        // The disk is a developer's.
+                        self.run("echo 'agent: {diskReserveMib: 512}' >>values.yaml")
+                            .await;
                     }
                 }
                 Place::EachNode => {
@@ -348,6 +434,7 @@ impl Page {
             )
             .env("KUBECONFIG", directory.join("pki/lab.kubeconfig"))
             .env("HOME", self.folder.path())
+            .env("CURL_CA_BUNDLE", self.folder.path().join("authority.pem"))
             .current_dir(self.folder.path());
         let done = tokio::task::spawn_blocking(move || process::run(&mut command))
             .await

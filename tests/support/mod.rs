@@ -63,8 +63,17 @@ pub async fn control_plane() -> &'static Testbed {
     .await
 }
 
+/// Where this variable is set, nodes have a kubelet and Kari's parts are Pods, for tests that kill none of them.
+const KUBELET: &str = "KARI_TESTBED_KUBELET";
+
+/// Whether Kari's parts are Pods, with a view of their own of the node's processes.
+pub fn kari_is_in_pods() -> bool {
+    std::env::var_os(KUBELET).is_some()
+}
+
 /// The binary's testbed as `options` say; every call of one binary asks for the same.
-pub async fn testbed_of(options: Options) -> &'static Testbed {
+pub async fn testbed_of(mut options: Options) -> &'static Testbed {
+    options.kubelet |= options.kari && kari_is_in_pods();
     TESTBED
         .get_or_init(|| async { Testbed::up(options).await.unwrap_or_else(|e| panic!("{e}")) })
         .await

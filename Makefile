@@ -17,7 +17,7 @@ demo: build ## a control plane and three nodes here, a deployment, a second comm
 	@hack/demo.sh
 
 .PHONY: test
-test: build ## every test, on a real control plane and real systemd nodes (as root)
+test: build ## every test but those of `make e2e`, on a real control plane and real systemd nodes (as root)
 	@hack/test.sh
 
 .PHONY: coverage

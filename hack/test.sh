@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs every test of the workspace, several test programs at a time: each spends
 # much of its time waiting for nodes. `cargo test` runs one after the other, with
-# the same result. Ends with 1 when one fails, after all have run.
+# the same result. Ends with 1 when one fails, after all have run. What needs nodes
+# with a kubelet is `make e2e`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -35,21 +36,28 @@ main() {
     fi
 }
 
+# The programs that take longest, each of them minutes: begun last, one of them would
+# be alone at the end.
+readonly longest_first="crash examples git_servers routes many nodes switch probes rollout failure"
+
 # A line for each test program: its package's folder, a name for it, the program.
-# Those with a testbed are the long ones, and come first.
+# Those with a testbed take longer than the others, and come before them.
 programs() {
     cargo test --workspace --locked --no-run --message-format=json-render-diagnostics | python3 -c '
 import json, os, sys
+first = sys.argv[1].split()
 found = []
 for line in sys.stdin:
     message = json.loads(line)
     if message.get("executable") and message.get("profile", {}).get("test"):
         folder = os.path.dirname(message["manifest_path"])
-        kind = message["target"]["kind"][0]
-        found.append((kind != "test", message["target"]["name"], kind, folder, message["executable"]))
-for _, name, kind, folder, program in sorted(found):
+        name, kind = message["target"]["name"], message["target"]["kind"][0]
+        rank = first.index(name) if name in first else len(first)
+        if name != "e2e":
+            found.append((kind != "test", rank, name, kind, folder, message["executable"]))
+for _, _, name, kind, folder, program in sorted(found):
     print(folder, f"{name} ({kind})", program, sep="\t")
-'
+' "$longest_first"
 }
 
 run_program() {

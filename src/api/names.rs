@@ -180,15 +180,21 @@ impl fmt::Display for Commit {
 pub struct ReleaseId(pub Uuid);
 
 impl ReleaseId {
-    /// UUID version 5 (RFC 9562) of (Deployment's uid, node, revision, attempt): the same decision has
-    /// the same id whoever takes it, and two decisions never share one.
+    /// UUID version 5 (RFC 9562) of (Deployment's uid, node, revision, attempt, handled retry): the same
+    /// decision has the same id whoever takes it, and two decisions never share one. The retry is in it
+    /// because attempts are counted from 1 again in a Release that is made anew: a node that still knows
+    /// how the attempt before it ended would take one for the other, and not try again.
     pub fn derive(
         deployment_uid: &str,
         node: &NodeName,
         revision: &RevisionName,
         attempt: i64,
+        retry: Option<&str>,
     ) -> Self {
-        let name = format!("{deployment_uid}/{node}/{revision}/{attempt}");
+        let name = match retry {
+            None => format!("{deployment_uid}/{node}/{revision}/{attempt}"),
+            Some(retry) => format!("{deployment_uid}/{node}/{revision}/{attempt}/{retry}"),
+        };
         Self(Uuid::new_v5(&NAMESPACE, name.as_bytes()))
     }
 }
@@ -259,17 +265,14 @@ mod tests {
 
     #[test]
     fn the_same_decision_has_the_same_id_and_another_has_another() {
-        let id = |revision: &str, attempt| {
-            ReleaseId::derive(
-                "uid",
-                &NodeName::new("n1"),
-                &RevisionName::new(revision),
-                attempt,
-            )
+        let id = |revision: &str, attempt, retry| {
+            let (node, revision) = (NodeName::new("n1"), RevisionName::new(revision));
+            ReleaseId::derive("uid", &node, &revision, attempt, retry)
         };
-        assert_eq!(id("a", 1), id("a", 1));
-        assert_ne!(id("a", 1), id("a", 2));
-        assert_ne!(id("a", 1), id("b", 1));
+        assert_eq!(id("a", 1, None), id("a", 1, None));
+        assert_ne!(id("a", 1, None), id("a", 2, None));
+        assert_ne!(id("a", 1, None), id("b", 1, None));
+        assert_ne!(id("a", 1, None), id("a", 1, Some("again")));
     }
 
     #[test]

@@ -77,7 +77,7 @@ pub struct ReleaseSpec {
     #[schemars(length(min = 1, max = 52))]
     #[x_kube(validation = ("self == oldSelf", "deployment is immutable"))]
     pub deployment: String,
-    /// The identity of this decision: UUID v5 of (Deployment's uid, node, revision, attempt).
+    /// The identity of this decision: UUID v5 of (Deployment's uid, node, revision, attempt, handled `kari.dev/retry`).
     pub release_id: ReleaseId,
     /// One more whenever `releaseId` changes, so that two decisions never share an id.
     #[schemars(range(min = 0))]

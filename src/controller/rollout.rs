@@ -344,10 +344,9 @@ impl Assign<'_> {
             .and_then(|release| release.status.serving.as_ref())
             .filter(|serving| serving.revision == revision.as_str())
             .map(|serving| serving.release_id);
-        let release_id = served
-            .unwrap_or_else(|| {
-                ReleaseId::derive(&deployment.uid, &node.name, revision, attempt, self.retry)
-            });
+        let release_id = served.unwrap_or_else(|| {
+            ReleaseId::derive(&deployment.uid, &node.name, revision, attempt, self.retry)
+        });
         let retain = deployment
             .status
             .last_good_revision

@@ -36,7 +36,7 @@ check-long: build ## what is too long for `make test`, or needs a package regist
 .PHONY: e2e
 e2e: build ## Kari as a cluster has it: image, nodes with a kubelet, helm install, upgrade, uninstall (as root)
 	cargo test --locked --test e2e -- --nocapture
-	KARI_TESTBED_KUBELET=1 cargo test --locked --test deploy --test failure --test references
+	KARI_TESTBED_KUBELET=1 cargo test --locked --test deploy --test failure --test references --test routes
 
 .PHONY: image
 image: prerequisites ## Kari's image as target/kari-image.tar, without a registry; the Dockerfile makes the same with one

@@ -195,36 +195,25 @@ fn is_reached_by_loopback(address: IpAddr) -> bool {
     }
 }
 
-/// Who listens on `port`, in words for people, if it is none of the processes `own`. Where the process
-/// cannot be found (another PID namespace), its user is named, unless `own` may be it.
-pub fn holder_of(port: u16, own: &BTreeSet<u32>) -> Option<String> {
-    let listeners = listeners().ok()?;
-    let on_port: Vec<_> = listeners
-        .iter()
-        .filter(|listener| listener.address.port() == port)
+/// Who listens on `port`, on any address, in words for people, if it is not the user `own`. Where /proc does
+/// not show the process (another PID namespace, as a Pod's), its user is named.
+pub fn holder_of(port: u16, own: Option<u32>) -> Option<String> {
+    let strangers: Vec<_> = listeners()
+        .ok()?
+        .into_iter()
+        .filter(|listener| listener.address.port() == port && Some(listener.uid) != own)
         .collect();
-    let inodes: BTreeSet<u64> = on_port.iter().map(|listener| listener.inode).collect();
-    let pids = pids_with_socket(&inodes);
-    if let Some(pid) = pids.iter().find(|pid| !own.contains(pid)) {
-        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        let unit = fs::read_to_string(format!("/proc/{pid}/cgroup"))
-            .ok()
-            .and_then(|text| unit_of_cgroup(&text));
-        let unit = unit.map(|unit| format!(" of {unit}")).unwrap_or_default();
-        return Some(format!("{} (pid {pid}){unit}", name.trim()));
-    }
-    let stranger = on_port
-        .first()
-        .filter(|_| pids.is_empty() && own.is_empty())?;
-    Some(format!("a process of uid {}", stranger.uid))
-}
-
-/// The uid of whoever listens on `port`, on any address, if it is not `own`.
-pub fn stranger_on(port: u16, own: Option<u32>) -> Option<u32> {
-    let listeners = listeners().ok()?;
-    let on_port = listeners.iter().filter(|l| l.address.port() == port);
-    let mut uids = on_port.map(|l| l.uid);
-    uids.find(|uid| Some(*uid) != own)
+    let uid = strangers.first()?.uid;
+    let inodes = strangers.iter().map(|listener| listener.inode).collect();
+    let Some(pid) = pids_with_socket(&inodes).pop_first() else {
+        return Some(format!("a process of uid {uid}"));
+    };
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let unit = fs::read_to_string(format!("/proc/{pid}/cgroup"))
+        .ok()
+        .and_then(|text| unit_of_cgroup(&text));
+    let unit = unit.map(|unit| format!(" of {unit}")).unwrap_or_default();
+    Some(format!("{} (pid {pid}){unit}", name.trim()))
 }
 
 /// The processes that have one of the sockets open, as far as /proc shows them.
@@ -389,11 +378,16 @@ mod tests {
             .map(|a| a.port())
             .unwrap_or_else(|e| panic!("{e}"));
         let this = std::process::id();
-        let holder = holder_of(port, &BTreeSet::new()).unwrap_or_default();
-        assert!(holder.contains(&format!("(pid {this})")), "{holder}");
-        assert_eq!(holder_of(port, &BTreeSet::from([this])), None);
+        let uid = std::os::unix::fs::MetadataExt::uid(
+            &fs::metadata("/proc/self").unwrap_or_else(|e| panic!("{e}")),
+        );
+        for own in [None, Some(uid + 1)] {
+            let holder = holder_of(port, own).unwrap_or_default();
+            assert!(holder.contains(&format!("(pid {this})")), "{holder}");
+        }
+        assert_eq!(holder_of(port, Some(uid)), None);
         drop(socket);
-        assert_eq!(holder_of(port, &BTreeSet::new()), None);
+        assert_eq!(holder_of(port, None), None);
     }
 
     #[test]

@@ -20,7 +20,7 @@ use super::{
     CertificateId, HostName, ProxySettings, RouteTarget, VirtualHost, certificate_of,
     measured_path, tls,
 };
-use crate::agent::host::port::{holder_of, stranger_on};
+use crate::agent::host::port::holder_of;
 use crate::agent::host::probe::{self, ANY_LABEL, Answer};
 use crate::agent::host::store::{self, StoreError, UnitFiles, write_durably};
 use crate::agent::host::systemd::{ActiveState, Systemd, SystemdError};
@@ -201,7 +201,7 @@ impl Proxy {
         }
         match self.measure_settings().await {
             Ok(()) => Ok(()),
-            Err(error) => Err(self.blame_holder_of_port().await?.unwrap_or(error)),
+            Err(error) => Err(self.blame_holder_of_port().await.unwrap_or(error)),
         }
     }
 
@@ -219,22 +219,16 @@ impl Proxy {
         holder.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Another's port must not take what is served without TLS down. The proxy's own user is the owner of its folder.
+    /// Another's port must not take what is served without TLS down.
     fn look_at_tls_port(&self) {
-        let own = std::fs::metadata(RUN_FOLDER)
-            .ok()
-            .map(|folder| folder.uid());
         let port = self.inner.settings.https_port;
-        let stranger = Some(port).filter(|port| *port != 0);
-        let stranger = stranger.and_then(|port| stranger_on(port, own));
-        *self.tls_holder() = stranger.map(|uid| {
-            holder_of(port, &BTreeSet::new()).unwrap_or_else(|| format!("a process of uid {uid}"))
-        });
+        let holder = Some(port).filter(|port| *port != 0);
+        *self.tls_holder() = holder.and_then(|port| holder_of(port, own_user()));
     }
 
     async fn start(&self) -> Result<(), ProxyError> {
         // nginx would try for 2.5 s and then be started anew: say at once what is in the way.
-        if let Some(error) = self.blame_holder_of_port().await? {
+        if let Some(error) = self.blame_holder_of_port().await {
             // It comes up by itself when the port is free.
             self.inner.systemd.start_unit(UNIT).await?;
             return Err(error);
@@ -251,7 +245,7 @@ impl Proxy {
                     let state = format!("{}, result {}", state.sub_state, state.result);
                     return Err(self
                         .blame_holder_of_port()
-                        .await?
+                        .await
                         .unwrap_or(ProxyError::NotRunning { state }));
                 }
                 None if Instant::now() > deadline => {
@@ -265,25 +259,18 @@ impl Proxy {
     }
 
     /// The error that names who holds the port, if that is somebody else.
-    async fn blame_holder_of_port(&self) -> Result<Option<ProxyError>, ProxyError> {
+    async fn blame_holder_of_port(&self) -> Option<ProxyError> {
         let settings = self.settings();
         let ports = [settings.http_port, settings.https_port];
-        let own: BTreeSet<u32> = self
-            .inner
-            .reloads
-            .processes()
-            .await?
-            .into_iter()
-            .map(|(pid, _)| pid)
-            .collect();
         let find = move || {
+            let own = own_user();
             let mut ports = ports.into_iter().filter(|port| *port != 0);
-            ports.find_map(|port| Some((port, holder_of(port, &own)?)))
+            ports.find_map(|port| Some((port, holder_of(port, own)?)))
         };
         let found = tokio::task::spawn_blocking(find).await;
         // Best effort: not to know who it is must not hide the first error.
-        let found = found.unwrap_or_default();
-        Ok(found.map(|(port, holder)| ProxyError::PortHeld { port, holder }))
+        let (port, holder) = found.unwrap_or_default()?;
+        Some(ProxyError::PortHeld { port, holder })
     }
 
     /// Whether a certificate of an app and its key are on the disk.
@@ -596,6 +583,13 @@ impl Proxy {
             }
         }
     }
+}
+
+/// The proxy's own user, which owns its folder; none before its first start. Its processes would not do: a
+/// Pod sees none, and nginx has some while it tries for a port that another holds.
+fn own_user() -> Option<u32> {
+    let folder = std::fs::metadata(RUN_FOLDER).ok()?;
+    Some(folder.uid())
 }
 
 /// Writes a file that nginx reads, if it differs. What is written first is hidden, so that no `*.conf` means it.

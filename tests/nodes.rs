@@ -68,17 +68,10 @@ async fn files_of(space: &Space, node: &str, name: &str) -> String {
         .await
 }
 
-/// All of a node but the logs of builds, which go when what they are of is not wanted any more.
-async fn without_logs(space: &Space, node: &str) -> Vec<String> {
-    let mut lines = snapshot::of(space, node).await;
-    lines.retain(|line| !line.contains(".shop/logs/"));
-    lines
-}
-
 /// The node is, or soon is, as it was: its agent clears away what is old when it has the time.
 async fn host_is(space: &Space, node: &str, before: &[String]) {
     until(&format!("{node} is as it was"), LIMIT, || async {
-        match difference(before, &without_logs(space, node).await) {
+        match difference(before, &snapshot::without_logs(space, node).await) {
             difference if difference.is_empty() => Ok(()),
             difference => Err(difference),
         }
@@ -270,7 +263,7 @@ async fn nodes_that_are_cordoned_away_or_gone_hold_nobody_up_and_get_the_newest_
         if is_one { Ok(services) } else { Err(services) }
     })
     .await;
-    let host_before = without_logs(&space, "n3").await;
+    let host_before = snapshot::without_logs(&space, "n3").await;
     let nodes: Api<Node> = Api::all(space.client.clone());
     let node = nodes.get("n3").await.expect("the node");
     let deleted = nodes.delete("n3", &DeleteParams::default()).await;

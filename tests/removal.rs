@@ -26,13 +26,6 @@ async fn snapshot(space: &Space) -> Vec<String> {
     snapshot::of(space, NODE).await
 }
 
-/// The same without the logs of builds: those of a release go when it is not the wanted one any more.
-async fn without_logs(space: &Space) -> Vec<String> {
-    let mut lines = snapshot(space).await;
-    lines.retain(|line| !line.contains(".shop/logs/"));
-    lines
-}
-
 #[tokio::test]
 async fn a_deleted_deployment_leaves_the_host_as_it_was() {
     let _alone = ALONE.lock().await;
@@ -182,7 +175,7 @@ async fn what_is_orphaned_runs_on_and_is_taken_on_again_without_a_restart() {
     space.ready_at("shop", &repository.commit).await;
     let state = format!("/var/lib/kari/apps/{app}/state/web/file");
     space.on(NODE, &["touch", &state]).await;
-    let deployed = without_logs(&space).await;
+    let deployed = snapshot::without_logs(&space, NODE).await;
     let running = processes(&space).await;
     let release = space
         .release_until("shop", NODE, "there", LIMIT, |_| true)
@@ -195,7 +188,10 @@ async fn what_is_orphaned_runs_on_and_is_taken_on_again_without_a_restart() {
             release.owner_references().is_empty() && release.meta().deletion_timestamp.is_none()
         })
         .await;
-    assert_eq!(difference(&deployed, &without_logs(&space).await), "");
+    assert_eq!(
+        difference(&deployed, &snapshot::without_logs(&space, NODE).await),
+        ""
+    );
     let adopter = space.apply(&manifest).await;
     space.ready_at("shop", &repository.commit).await;
     let adopted = space
@@ -213,14 +209,17 @@ async fn what_is_orphaned_runs_on_and_is_taken_on_again_without_a_restart() {
     for again in 0..2 {
         delete(&space, PropagationPolicy::Background).await;
         no_release_is_left(&space).await;
-        assert_eq!(difference(&deployed, &without_logs(&space).await), "");
+        assert_eq!(
+            difference(&deployed, &snapshot::without_logs(&space, NODE).await),
+            ""
+        );
         assert_eq!(processes(&space).await, running, "restarted when left");
         assert_eq!(space.get(NODE, host).await, Ok((200, "one".into())));
         held_apps_are(&space, &app).await;
         let target = format!("/etc/systemd/system/kari.{app}.target");
         space.on(NODE, &["rm", &target]).await;
         until("the target is put back", LIMIT, || async {
-            let difference = difference(&deployed, &without_logs(&space).await);
+            let difference = difference(&deployed, &snapshot::without_logs(&space, NODE).await);
             if difference.is_empty() {
                 Ok(())
             } else {
@@ -234,7 +233,10 @@ async fn what_is_orphaned_runs_on_and_is_taken_on_again_without_a_restart() {
         space.apply(&manifest).await;
         space.ready_at("shop", &repository.commit).await;
         assert_eq!(processes(&space).await, running, "restarted by an adoption");
-        assert_eq!(difference(&deployed, &without_logs(&space).await), "");
+        assert_eq!(
+            difference(&deployed, &snapshot::without_logs(&space, NODE).await),
+            ""
+        );
         held_apps_are(&space, "").await;
         let node = space.testbed.node(NODE).expect("the node");
         let name = format!("{}/shop", space.namespace);

@@ -22,6 +22,13 @@ pub async fn of(space: &Space, node: &str) -> Vec<String> {
     lines
 }
 
+/// The same without the logs of builds: those of a release go when it is not the wanted one any more.
+pub async fn without_logs(space: &Space, node: &str) -> Vec<String> {
+    let mut lines = of(space, node).await;
+    lines.retain(|line| !line.contains(".shop/logs/"));
+    lines
+}
+
 /// What is on a node whose agent has made all that it makes at its start.
 pub async fn at_rest(space: &Space, node: &str) -> Vec<String> {
     until("the agent has made what is its own", LIMIT, || async {

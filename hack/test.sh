@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs every test of the workspace, several test programs at a time: each spends
-# much of its time waiting for nodes. `cargo test` runs one after the other, with
-# the same result. Ends with 1 when one fails, after all have run. What needs nodes
-# with a kubelet is `make e2e`.
+# Runs every test of the workspace but tests/e2e.rs, which `make e2e` runs, several
+# test programs at a time: each spends much of its time waiting for nodes.
+# `cargo test` runs one after the other, with the same result. Ends with 1 when one
+# fails, after all have run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -25,6 +25,10 @@ use crate::{
     wait::{Seen, until},
 };
 
+/// The bridge's address on its own network. Without one it takes the lowest of its ports': with a node that
+/// goes or comes it would change, and the others would look for the API server where it was, for half a minute.
+const GATEWAY_MAC: &str = "02:00:0a:4d:00:01";
+
 /// The bridge's address, at which all that is not a node listens.
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 
@@ -255,7 +259,7 @@ async fn start_lab(directory: &Directory, description: &Description) -> Result<(
     )
     .await?;
     let mut script = format!(
-        "ip link set lo up; ip link add br0 type bridge; ip link set br0 up; ip addr add {GATEWAY}/24 dev br0\n"
+        "ip link set lo up; ip link add br0 address {GATEWAY_MAC} type bridge; ip link set br0 up; ip addr add {GATEWAY}/24 dev br0\n"
     );
     if description.kubelet {
         script.push_str("echo 1 >/proc/sys/net/ipv4/ip_forward\n");

@@ -137,6 +137,14 @@ async fn files_outlive_a_power_cut() {
 }
 
 #[tokio::test]
+async fn the_gateway_is_the_same_whichever_nodes_come_and_go() {
+    let node = testbed().await.node("n3").unwrap();
+    let script = "exec 3<>/dev/tcp/10.77.0.1/6443 && ip neigh show 10.77.0.1";
+    let neighbour = node.output(["bash", "-c", script]).await.unwrap();
+    assert!(neighbour.contains("02:00:0a:4d:00:01"), "{neighbour}");
+}
+
+#[tokio::test]
 async fn a_commit_and_the_next_are_cloned_from_inside_a_node() {
     let testbed = testbed().await;
     let node = testbed.node("n3").unwrap();

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs every test of the workspace but tests/e2e.rs, which `make e2e` runs, several
-# test programs at a time: each spends much of its time waiting for nodes.
-# `cargo test` runs one after the other, with the same result. Ends with 1 when one
-# fails, after all have run.
+# Runs every test of the workspace but tests/e2e.rs, which `make e2e` runs: those that
+# compare times by themselves, then several test programs at a time, as each spends
+# much of its time waiting for nodes. `cargo test` runs one after the other, with the
+# same result. Ends with 1 when one fails, after all have run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,6 +22,10 @@ main() {
     "${CARGO_TARGET_DIR:-target}/debug/testbed" prerequisites --kubelet
     programs >"$list"
     while read -r line <&3; do
+        if [[ $line == *$'\t'@(many|switch)' (test)'$'\t'* ]]; then
+            run_program "$line" 3<&-
+            continue
+        fi
         if (($(jobs -rp | wc -l) >= programs_at_once)); then
             wait -n || true # its result is written down
         fi
@@ -36,9 +40,9 @@ main() {
     fi
 }
 
-# The programs that take longest, each of them minutes: begun last, one of them would
-# be alone at the end.
-readonly longest_first="crash examples git_servers routes many nodes switch probes rollout failure"
+# Those that compare times, which are run alone, then the programs that take longest:
+# begun last, one of them would be alone at the end.
+readonly first="many switch crash examples git_servers routes nodes probes rollout failure"
 
 # A line for each test program: its package's folder, a name for it, the program.
 # Those with a testbed take longer than the others, and come before them.
@@ -57,7 +61,7 @@ for line in sys.stdin:
             found.append((kind != "test", rank, name, kind, folder, message["executable"]))
 for _, _, name, kind, folder, program in sorted(found):
     print(folder, f"{name} ({kind})", program, sep="\t")
-' "$longest_first"
+' "$first"
 }
 
 run_program() {

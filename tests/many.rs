@@ -291,6 +291,7 @@ async fn what_hangs_for_ever_holds_its_own_slot_and_nothing_else() {
         }
         delete_all(&space).await;
         delete_all(&hanging).await;
+        space.on(NODE, &["systemctl", "stop", "silent"]).await;
         restart_agent(testbed, &[]).await;
         if beside <= alone.mul_f64(1.1) {
             return;

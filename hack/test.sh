@@ -22,7 +22,7 @@ main() {
     "${CARGO_TARGET_DIR:-target}/debug/testbed" prerequisites --kubelet
     programs >"$list"
     while read -r line <&3; do
-        if [[ $line == *$'\t'@(many|switch)' (test)'$'\t'* ]]; then
+        if [[ $line == alone$'\t'* ]]; then
             run_program "$line" 3<&-
             continue
         fi
@@ -33,45 +33,57 @@ main() {
     done 3<"$list"
     wait
     cargo test --workspace --locked --doc --quiet || echo "doc tests" >>"$logs/failed"
-    printf '==> %d test programs in %d s\n' "$(wc -l <"$list")" $((SECONDS - begin))
+    printf '==> %d runs of test programs in %d s\n' "$(wc -l <"$list")" $((SECONDS - begin))
     if [[ -e $logs/failed ]]; then
         printf '==> failed: %s\n' "$(paste -sd , "$logs/failed")"
         return 1
     fi
 }
 
-# Those that compare times, which are run alone, then the programs that take longest:
-# begun last, one of them would be alone at the end.
-readonly first="many switch crash examples git_servers routes nodes probes rollout failure"
+# The tests that compare times, which are run before all others, each by itself.
+readonly alone="
+many what_hangs_for_ever_holds_its_own_slot_and_nothing_else
+switch blue_green_fails_no_request_and_recreate_only_while_the_app_stops_and_starts
+"
+# The programs that take longest: begun last, one of them would be alone at the end.
+readonly first="examples crash git_servers routes nodes secrets rollout probes failure switch many"
 
-# A line for each test program: its package's folder, a name for it, the program.
-# Those with a testbed take longer than the others, and come before them.
+# A line for each run: whether it is to be alone, its package's folder, a name for it,
+# the program, its arguments. Those with a testbed take longer than the others, and
+# come before them.
 programs() {
     cargo test --workspace --locked --no-run --message-format=json-render-diagnostics | python3 -c '
 import json, os, sys
-first = sys.argv[1].split()
+alone = dict(line.split() for line in sys.argv[1].split("\n") if line)
+first = sys.argv[2].split()
 found = []
 for line in sys.stdin:
     message = json.loads(line)
     if message.get("executable") and message.get("profile", {}).get("test"):
         folder = os.path.dirname(message["manifest_path"])
         name, kind = message["target"]["name"], message["target"]["kind"][0]
+        if name == "e2e":
+            continue
         rank = first.index(name) if name in first else len(first)
-        if name != "e2e":
-            found.append((kind != "test", rank, name, kind, folder, message["executable"]))
-for _, _, name, kind, folder, program in sorted(found):
-    print(folder, f"{name} ({kind})", program, sep="\t")
-' "$first"
+        run = (folder, f"{name} ({kind})", message["executable"])
+        if name in alone:
+            found.append((0, rank, ("alone", *run, alone[name])))
+        arguments = f"--skip {alone[name]}" if name in alone else ""
+        found.append((1 if kind == "test" else 2, rank, ("beside", *run, arguments)))
+for _, _, run in sorted(found):
+    print(*run, sep="\t")
+' "$alone" "$first"
 }
 
 run_program() {
-    local folder name program begin=$SECONDS status=0
-    IFS=$'\t' read -r folder name program <<<"$1"
-    (cd "$folder" && timeout "$longest_seconds" "$program") >"$logs/$name" 2>&1 </dev/null || status=$?
+    local company folder name program arguments begin=$SECONDS status=0
+    IFS=$'\t' read -r company folder name program arguments <<<"$1"
+    # shellcheck disable=SC2086 # several words
+    (cd "$folder" && timeout "$longest_seconds" "$program" $arguments) >"$logs/$name $company" 2>&1 </dev/null || status=$?
     # One write, so that two programs that end together do not mix.
     ((status == 0)) || echo "$name" >>"$logs/failed"
-    printf '%s\n' "==> $name ended with $status after $((SECONDS - begin)) s
-$(cat "$logs/$name")"
+    printf '%s\n' "==> $name $arguments ended with $status after $((SECONDS - begin)) s
+$(cat "$logs/$name $company")"
 }
 
 main

@@ -210,6 +210,16 @@ http.server.BaseHTTPRequestHandler = Hanging
         "process web is not alive and is restarted, after each time later: its livenessProbe failed: no answer",
     )
     .await;
+    // The agent's own word: the Deployment may still be Ready from before.
+    shop.space
+        .release_until("shop", NODE, "Ready again", DEPLOY_LIMIT, |r| {
+            is(
+                &r.status.clone().unwrap_or_default().conditions,
+                "Ready",
+                "True",
+            )
+        })
+        .await;
     shop.space.ready_at("shop", &shop.repository.commit).await;
     assert_eq!(
         shop.space.get(NODE, &shop.host).await,

@@ -88,6 +88,15 @@ async fn a_second_commit_reaches_three_nodes_one_after_another_without_a_failed_
     let first = space.push("shop", files.path());
     space.apply(&app::manifest("shop", &first.url, host)).await;
     space.ready_at("shop", &first.commit).await;
+    // A controller that leads only since the other test gives a node nothing until it saw its Lease renewed.
+    space
+        .deployment_until("shop", "available on all nodes", LIMIT, |d| {
+            let status = d.status.as_ref();
+            status
+                .and_then(|s| s.nodes.as_ref())
+                .is_some_and(|n| n.available == 3)
+        })
+        .await;
 
     let observer = Observer::start(space.releases());
     let traffic: Vec<_> = NODES

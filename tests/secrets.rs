@@ -630,13 +630,13 @@ async fn planted_secrets_are_found_with_their_process_and_nowhere_else() {
     manifest["spec"]["processes"][0]["route"]["tls"] = json!({"secretName": "tls"});
     space.apply(&manifest).await;
     space.ready_at("shop", &repository.commit).await;
+    let revision = |d: &kari::api::Deployment| d.status.clone().unwrap_or_default().revision;
+    let before = revision(&space.deployments().get("shop").await.expect("it"));
     // Another value, and one that fails, leave no more behind than the first.
     space
         .secret("shop", "Opaque", &[("message", &second), ("lines", &lines)])
         .await;
     space.request_look("shop").await;
-    let revision = |d: &kari::api::Deployment| d.status.clone().unwrap_or_default().revision;
-    let before = revision(&space.deployments().get("shop").await.expect("it"));
     space
         .deployment_until("shop", "at another revision", DEPLOY_LIMIT, |d| {
             let conditions = &d.status.clone().unwrap_or_default().conditions;

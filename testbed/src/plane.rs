@@ -2,12 +2,18 @@
 //! where nodes have a kubelet kube-scheduler and CoreDNS. Each is its own
 //! process that can be killed and started again alone.
 
-use std::{net::SocketAddrV4, path::Path, process::Command, time::Duration};
+use std::{
+    net::SocketAddrV4,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 use kube::{
     Client, Config,
     config::{KubeConfigOptions, Kubeconfig},
 };
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::{
     error::{Context, Error, Result},
@@ -24,6 +30,9 @@ const APISERVER_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long CoreDNS may take: it waits 5 s for the API server's first lists.
 const DNS_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long an answer of CoreDNS may take, before it is asked again.
+const DNS_ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
 /// Where kube-scheduler answers health requests.
 pub const SCHEDULER: SocketAddrV4 = SocketAddrV4::new(network::GATEWAY, 10259);
@@ -261,13 +270,42 @@ pub async fn wait_dns(directory: &Directory, description: &Description) -> Resul
             if !process.is_some_and(Process::is_alive) {
                 return Seen::Never("its process ended".to_owned());
             }
-            match network::connect(namespace.clone(), DNS).await {
-                Ok(_) => Seen::Ready(()),
+            match ask_dns(namespace.clone()).await {
+                Ok(answer) if is_found(&answer) => Seen::Ready(()),
+                Ok(_) => Seen::NotYet("it does not know the API server's Service yet".to_owned()),
                 Err(error) => Seen::NotYet(error.to_string()),
             }
         },
     )
     .await
+}
+
+/// The question for the address of the Service `kubernetes`, as DNS over TCP has it (RFC 1035, 4.1 and 4.2.2):
+/// CoreDNS takes connections before it knows the cluster.
+const QUESTION: &[u8] = b"\x00\x36\x00\x01\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\
+    \x0akubernetes\x07default\x03svc\x07cluster\x05local\x00\x00\x01\x00\x01";
+
+/// The header of an answer, and its length before it.
+type DnsAnswer = [u8; 14];
+
+async fn ask_dns(namespace: Option<PathBuf>) -> Result<DnsAnswer> {
+    let exchange = async {
+        let mut stream = network::connect(namespace, DNS).await?;
+        let action = || format!("ask {DNS}");
+        stream.write_all(QUESTION).await.context(action)?;
+        let mut answer = DnsAnswer::default();
+        stream.read_exact(&mut answer).await.context(action)?;
+        Ok(answer)
+    };
+    match tokio::time::timeout(DNS_ANSWER_LIMIT, exchange).await {
+        Ok(answer) => answer,
+        Err(_) => Err(Error::State(format!("{DNS} does not answer"))),
+    }
+}
+
+/// Whether it has no error, and a record.
+fn is_found(answer: &DnsAnswer) -> bool {
+    answer[5] & 0x0f == 0 && answer[8..10] != [0, 0]
 }
 
 /// What kube-controller-manager and kube-scheduler are told alike.

@@ -20,14 +20,19 @@ use std::fmt::Debug;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::time::Duration;
 
+use futures::StreamExt;
 use k8s_openapi::api::core::v1::{Namespace, Secret};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kari::api::names::{NodeName, release_name};
 use kari::api::{Deployment, Release};
-use kube::Client;
 use kube::api::{Api, ObjectMeta, Patch, PatchParams, PostParams};
+use kube::runtime::WatchStreamExt;
+use kube::runtime::watcher::watch_object;
+use kube::{Client, Resource};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use testbed::{Options, Repository, Testbed};
 use tokio::net::TcpStream;
@@ -221,27 +226,28 @@ impl Space {
         wanted: impl Fn(&Deployment) -> bool,
     ) -> Deployment {
         let api = self.deployments();
-        until(&format!("{name} is {what}"), limit, || async {
-            let deployment = api.get(name).await.map_err(|e| e.to_string())?;
-            if wanted(&deployment) {
-                return Ok(deployment);
-            }
-            let releases = api_releases(&self.releases()).await;
-            let log = self
-                .testbed
-                .logs(testbed::Part::Controller)
-                .unwrap_or_else(|e| e.to_string());
-            let log: Vec<_> = log
-                .lines()
-                .filter(|line| line.contains(&self.namespace))
-                .collect();
-            let log = log[log.len().saturating_sub(LOG_LINES)..].join("\n");
-            Err(format!(
-                "{}\n{releases}\n{log}",
-                text_of(&deployment.status)
-            ))
-        })
-        .await
+        match seen(&api, name, limit, wanted).await {
+            Ok(deployment) => deployment,
+            Err(last) => panic!(
+                "not within {limit:?}: {name} is {what}; seen last:\n{}\n{}\n{}",
+                last.map(|d| text_of(&d.status)).unwrap_or_default(),
+                api_releases(&self.releases()).await,
+                self.controller_log(),
+            ),
+        }
+    }
+
+    /// What the controller said of this namespace last.
+    fn controller_log(&self) -> String {
+        let log = self
+            .testbed
+            .logs(testbed::Part::Controller)
+            .unwrap_or_else(|e| e.to_string());
+        let log: Vec<_> = log
+            .lines()
+            .filter(|line| line.contains(&self.namespace))
+            .collect();
+        log[log.len().saturating_sub(LOG_LINES)..].join("\n")
     }
 
     /// Waits until the Release of a Deployment on a node is as `wanted` says.
@@ -253,17 +259,14 @@ impl Space {
         limit: Duration,
         wanted: impl Fn(&Release) -> bool,
     ) -> Release {
-        let api = self.releases();
         let release = release_name(name, &NodeName::new(node));
-        until(&format!("{release} is {what}"), limit, || async {
-            let release = api.get(&release).await.map_err(|e| e.to_string())?;
-            if wanted(&release) {
-                Ok(release)
-            } else {
-                Err(text_of(&release.status))
-            }
-        })
-        .await
+        match seen(&self.releases(), &release, limit, wanted).await {
+            Ok(release) => release,
+            Err(last) => panic!(
+                "not within {limit:?}: {release} is {what}; seen last:\n{}",
+                last.map(|r| text_of(&r.status)).unwrap_or_default()
+            ),
+        }
     }
 
     /// GETs `/` of a host from a node's proxy, as a client on the network does.
@@ -290,6 +293,36 @@ impl Space {
         node.output(words)
             .await
             .unwrap_or_else(|e| panic!("{words:?}: {e}"))
+    }
+}
+
+/// Watches an object until it is as `wanted` says, and gives what it is when the time is over if it never was.
+async fn seen<K>(
+    api: &Api<K>,
+    name: &str,
+    limit: Duration,
+    wanted: impl Fn(&K) -> bool,
+) -> Result<K, Option<K>>
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
+{
+    // Its errors are over when the API server answers again.
+    let mut stream = pin!(watch_object(api.clone(), name).default_backoff());
+    let watched = tokio::time::timeout(limit, async {
+        loop {
+            if let Some(Ok(Some(object))) = stream.next().await
+                && wanted(&object)
+            {
+                return object;
+            }
+        }
+    });
+    match watched.await {
+        Ok(object) => Ok(object),
+        Err(_) => match api.get(name).await {
+            Ok(object) if wanted(&object) => Ok(object),
+            last => Err(last.ok()),
+        },
     }
 }
 

@@ -17,7 +17,7 @@ demo: build ## a control plane and three nodes here, a deployment, a second comm
 	@hack/demo.sh
 
 .PHONY: test
-test: build ## every test but those of `make e2e`, on a real control plane and real systemd nodes (as root)
+test: prerequisites ## every test but those of `make e2e`, on a real control plane and real systemd nodes (as root)
 	@hack/test.sh
 
 .PHONY: coverage
@@ -34,7 +34,7 @@ check-long: build ## what is too long for `make test`, or needs a package regist
 	hack/image-twice.sh
 
 .PHONY: e2e
-e2e: build ## Kari as a cluster has it: image, nodes with a kubelet, helm install, upgrade, uninstall (as root)
+e2e: prerequisites ## Kari as a cluster has it: image, nodes with a kubelet, helm install, upgrade, uninstall (as root)
 	cargo test --locked --test e2e -- --nocapture
 	KARI_TESTBED_KUBELET=1 cargo test --locked --test deploy --test failure --test references --test routes
 

@@ -18,9 +18,9 @@ trap 'rm -rf "$logs"' EXIT
 
 main() {
     local list=$logs/list line begin=$SECONDS
+    programs >"$list"
     # Before there is any node: nodes are overlays of what this machine has installed.
     "${CARGO_TARGET_DIR:-target}/debug/testbed" prerequisites --kubelet
-    programs >"$list"
     while read -r line <&3; do
         if [[ $line == alone$'\t'* ]]; then
             run_program "$line" 3<&-

@@ -42,8 +42,8 @@ use tokio::sync::OnceCell;
 pub const DEPLOY_LIMIT: Duration = Duration::from_secs(120);
 /// How long anything may take that needs no build.
 pub const LIMIT: Duration = Duration::from_secs(60);
-/// Between two looks at a thing that is waited for.
-const LOOK: Duration = Duration::from_millis(100);
+/// Between two looks at a thing that is waited for: most are commands on a node.
+const LOOK: Duration = Duration::from_millis(200);
 
 /// Lines of the controller's log that a test which failed shows.
 const LOG_LINES: usize = 20;

@@ -3,8 +3,8 @@
 //! Each reconcile is four steps: [`observe`] (caches → plain data), [`plan`] (pure; [`rollout`] decides on
 //! nodes, [`revision`] finds the names, [`status`] the words, [`check`] what a schema cannot say),
 //! [`apply`] (idempotent, removals first). [`source`] looks commits up beside it, [`references`] reads ConfigMaps and
-//! Secrets, and [`sealing`] says what of them a Release carries. A second reconcile,
-//! [`release`], is keyed by Release.
+//! Secrets, [`policies`] asks what is still allowed, and [`sealing`] says what of the Secrets a Release carries. A
+//! second reconcile, [`release`], is keyed by Release.
 //!
 //! Invariants: only the leader writes; a standby keeps its caches warm and answers its endpoints. All
 //! that a decision depends on is in the API, so that any leader takes the same.
@@ -15,6 +15,7 @@ pub mod observe;
 pub mod observed;
 pub mod placement;
 pub mod plan;
+pub mod policies;
 pub mod reach;
 pub mod reconcile;
 pub mod references;
@@ -57,6 +58,7 @@ use crate::runtime::supervise::{Options, ReconcileMetrics, Supervisor};
 use crate::runtime::{error_chain, shutdown};
 
 use observe::Caches;
+use policies::Policies;
 use reconcile::Context;
 use references::References;
 use source::{SourceMetrics, SourceOptions, Sources};
@@ -243,7 +245,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Cont
     outcome
 }
 
-/// Both supervisors and the look-ups, until `stop`.
+/// Both supervisors and all that is asked beside them, until `stop`.
 async fn lead(
     context: Context,
     deployments: Supervisor<Key>,
@@ -253,6 +255,7 @@ async fn lead(
     stop: CancellationToken,
 ) {
     let (sources, references) = (context.sources.clone(), context.references.clone());
+    let (policies, present) = (context.policies.clone(), context.caches.deployments.clone());
     let (of_deployments, of_releases) = (context.clone(), context);
     tokio::join!(
         deployments
@@ -267,6 +270,7 @@ async fn lead(
                 .reconcile_release(key)),
         sources.run(options, beat(&liveness, "sources"), stop.clone()),
         references.run(beat(&liveness, "references"), stop.clone()),
+        policies.run(&present, beat(&liveness, "policies"), stop.clone()),
     );
 }
 
@@ -378,6 +382,7 @@ impl Parts {
         let context = Context {
             client: client.clone(),
             sources: Sources::new(wake_deployment.clone(), SourceMetrics::new(registry)),
+            policies: Policies::new(client.clone(), wake_deployment.clone()),
             references: References::new(client.clone(), namespace, wake_deployment, registry),
             caches,
             memory: Arc::default(),

@@ -135,7 +135,8 @@ ValidatingAdmissionPolicy/kari-sandbox
 ValidatingAdmissionPolicy/kari-tenants
 ValidatingAdmissionPolicyBinding/kari-agent-own-node
 ValidatingAdmissionPolicyBinding/kari-sandbox
-ValidatingAdmissionPolicyBinding/kari-tenants";
+ValidatingAdmissionPolicyBinding/kari-tenants
+ValidatingAdmissionPolicyBinding/kari-tenants-again";
     assert_eq!(ids.join("\n"), expected);
 }
 

@@ -10,9 +10,12 @@
 
 mod support;
 
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace};
 use kari::api::Deployment;
+use kube::api::{Api, Patch, PatchParams};
 use serde_json::{Value, json};
-use support::{DEPLOY_LIMIT, LIMIT, Space, app, folder, is, reason};
+use support::traffic::Traffic;
+use support::{DEPLOY_LIMIT, LIMIT, Lab, Space, app, folder, is, reason};
 use testbed::Repository;
 
 /// A Deployment that serves "one" on both nodes, about to be given something that fails.
@@ -211,4 +214,82 @@ async fn a_directory_that_the_commit_does_not_have_is_named() {
     manifest["spec"]["source"]["git"]["directory"] = json!("services/none");
     victim.space.apply(&manifest).await;
     victim.stopped("DirectoryNotFound", "services/none").await;
+}
+
+/// What an administrator says of the namespace: its sandbox level and its host names. Others may do what they could.
+async fn administrator_says(space: &Space, level: &str, hosts: &str) {
+    let labels = json!({"metadata": {"labels": {"kari.dev/sandbox": level}}});
+    let namespaces: Api<Namespace> = Api::all(space.client.clone());
+    namespaces
+        .patch(
+            &space.namespace,
+            &PatchParams::default(),
+            &Patch::Merge(&labels),
+        )
+        .await
+        .expect("a label");
+    let key = |what: &str| format!("{}.{what}", space.namespace);
+    let tenants = json!({
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "kari-tenants"},
+        "data": {"_others.nodes": "*", "_others.hosts": "*", key("nodes"): "*", key("hosts"): hosts},
+    });
+    let maps: Api<ConfigMap> = Api::namespaced(space.client.clone(), "kari-system");
+    let parameters = PatchParams::apply("administrator").force();
+    maps.patch("kari-tenants", &parameters, &Patch::Apply(&tenants))
+        .await
+        .expect("the ConfigMap");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_administrator_forbids_afterwards_goes_on_serving_and_gets_nothing_new() {
+    let mut victim = Victim::new("forbidden").await;
+    let sandbox = json!({"capabilities": ["CAP_NET_BIND_SERVICE"]});
+    victim.manifest["spec"]["processes"][0]["sandbox"] = sandbox;
+    victim.space.apply(&victim.manifest).await;
+    let (space, host) = (&victim.space, &victim.host);
+    space.ready_at("shop", &victim.first.commit).await;
+    let traffic = Traffic::start(Lab(space.testbed), space.proxy("n1"), host, 20, 2);
+    let denied = async |why: &str| {
+        space
+            .deployment_until("shop", &format!("denied: {why}"), DEPLOY_LIMIT, |d| {
+                let conditions = d.status.clone().unwrap_or_default().conditions;
+                let stalled = conditions.iter().find(|c| c.type_ == "Stalled");
+                reason(&conditions, "Stalled") == "PolicyDenied"
+                    && reason(&conditions, "Ready") == "PolicyDenied"
+                    && stalled.is_some_and(|c| c.message.contains(why))
+            })
+            .await
+    };
+
+    // Nobody asks for a look, and nobody writes the spec.
+    administrator_says(space, "restricted", "other.example.com").await;
+    denied("kari.dev/sandbox").await;
+    administrator_says(space, "baseline", "other.example.com").await;
+    denied("may not route forbidden.example.com").await;
+    // It can be annotated all the same, and what is new is seen and not rolled out.
+    let second = victim.push(&[("message", "two")]).await;
+    let wanted = space.deployments().get("shop").await.expect("it").metadata;
+    let asked = wanted.annotations.unwrap_or_default()["kari.dev/requestedAt"].clone();
+    let looked = space
+        .deployment_until("shop", "looked at", LIMIT, |d| {
+            let handled = d.status.clone().unwrap_or_default().last_handled;
+            handled.and_then(|handled| handled.requested_at).as_ref() == Some(&asked)
+        })
+        .await;
+    let status = looked.status.expect("a status");
+    assert_eq!(reason(&status.conditions, "Stalled"), "PolicyDenied");
+    assert_eq!(status.source.expect("a source").commit, victim.first.commit);
+    for node in ["n1", "n2"] {
+        assert_eq!(
+            space.get(node, host).await,
+            Ok((200, "one".into())),
+            "{node}"
+        );
+    }
+
+    administrator_says(space, "baseline", "forbidden.example.com").await;
+    space.ready_at("shop", &second.commit).await;
+    let tally = traffic.stop().await;
+    assert_eq!(tally.failed, Vec::<String>::new());
+    assert!(tally.good > 0 && tally.bodies.len() == 2, "{tally:?}");
 }

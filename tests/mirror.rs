@@ -954,6 +954,9 @@ async fn history_is_fetched_only_as_far_as_it_is_asked_for() {
 
 /// sshd with a user whose key is /srv/ssh/good; /srv/ssh/known is what is to be known of it.
 const START_SSHD: &str = r#"
+systemctl stop --quiet sshd-private 2>/dev/null || :
+userdel --remove private 2>/dev/null || :
+rm -rf /srv/ssh
 mkdir -p /srv/ssh /run/sshd
 cd /srv/ssh
 for key in host good wrong; do ssh-keygen -q -t ed25519 -N '' -f $key; done
@@ -1028,6 +1031,95 @@ async fn a_private_repository_is_fetched_with_its_key_by_nobody_else_and_a_new_k
     let (reason, _) = node.failure(&public).await;
     assert_eq!(reason, Reason::HostKeyMismatch);
     assert!(!node.mirror(url).join("mark").exists());
+}
+
+/// Says the key that it was asked with, from the second time on that it is asked, and goes on until it is told that
+/// this is enough.
+const ECHO: &str = r#"#!/bin/sh
+if [ -e /srv/ssh/asked ]; then
+    cat /srv/ssh/good >&2
+    until [ -e /srv/ssh/enough ]; do sleep 0.05; done
+    exit 1
+fi
+touch /srv/ssh/asked
+echo 'upload-pack: not our ref' >&2
+exit 1
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_server_says_of_a_key_is_on_no_disk_when_its_fetch_is_over() {
+    in_node!();
+    let node = Node::new(2).await;
+    sh(&format!(
+        "{START_SSHD}\ncat >/srv/ssh/echo <<'END'\n{ECHO}\nEND"
+    ));
+    sh(
+        "cd /srv/ssh && chmod 755 echo && echo \"command=\\\"/srv/ssh/echo\\\" $(cat good.pub)\" >authorized && usermod --shell /bin/sh private && chmod 644 good && chmod 777 .",
+    );
+    let read = |name: &str| fs::read_to_string(format!("/srv/ssh/{name}")).unwrap();
+    let (good, known) = (read("good"), read("known"));
+    let (_, wanted) = repository("echo");
+    let url = "ssh://private@127.0.0.1:2222/srv/git/echo";
+    let secret = good.lines().nth(1).unwrap().to_owned();
+    let on_disk = || {
+        let found = sh(&format!(
+            "grep -rlF -e {secret} /var/lib/kari /run/kari || true"
+        ));
+        found.lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let until_found = async |what: &str, fits: &dyn Fn(&[String]) -> bool| {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let found = on_disk();
+            if fits(&found) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{what}: {found:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let is_said = |found: &[String]| found.iter().any(|file| file.ends_with(".log"));
+    let is_gone = |found: &[String]| found.is_empty();
+    let want = |node: &Node| {
+        sh("rm -f /srv/ssh/asked /srv/ssh/enough");
+        node.want_privately("web.echo", (url, &wanted), ("0", &good, &known))
+    };
+
+    // Nobody wants it any more while it goes on.
+    let app = want(&node);
+    until_found("it is said", &is_said).await;
+    node.mirrors.unwant(&app);
+    until_found("stopped", &is_gone).await;
+
+    // It ends while there is no agent.
+    want(&node);
+    until_found("it is said", &is_said).await;
+    drop(node);
+    sh(
+        "touch /srv/ssh/enough; until [ -z \"$(systemctl list-units --plain --no-legend --state=activating 'kari-fetch*')\" ]; do sleep 0.05; done",
+    );
+    assert!(is_said(&on_disk()));
+    let node = Node::new(2).await;
+    until_found("ended without an agent", &is_gone).await;
+
+    // A reboot ends it.
+    want(&node);
+    until_found("it is said", &is_said).await;
+    drop(node);
+    sh(
+        "systemctl kill --signal=KILL 'kari-fetch*'; systemctl stop 'kari-fetch*'; systemctl reset-failed; rm -r /run/kari/git",
+    );
+    assert!(is_said(&on_disk()));
+    let node = Node::new(2).await;
+    until_found("ended by a reboot", &is_gone).await;
+
+    // It ends, and its app hears why.
+    let app = want(&node);
+    until_found("it is said", &is_said).await;
+    sh("touch /srv/ssh/enough");
+    let (_, message) = node.failure(&app).await;
+    assert!(!message.contains(&secret), "{message}");
+    until_found("ended", &|found| !is_said(found)).await;
 }
 
 /// Waits until a folder is empty.

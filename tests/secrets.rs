@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use k8s_openapi::api::core::v1::Secret;
+use k8s_openapi::api::core::v1::{Node, Secret};
 use kari::api::names::{NodeName, ReleaseId, release_name};
 use kari::api::release::{Purpose, SealedValue};
 use kari::api::{Release, ReleaseSpec};
@@ -29,11 +29,14 @@ use support::{DEPLOY_LIMIT, LIMIT, Lab, Space, app, folder, is, reason, until};
 use testbed::Options;
 
 const NODE: &str = "n1";
+/// Where one test deploys, too.
+const OTHER_NODE: &str = "n2";
 
 /// All of Kari, talkative: what it logs is searched for secrets.
 async fn space(topic: &str) -> Space {
     let debug = vec!["--log-level=debug".to_owned()];
     let options = Options {
+        nodes: 2,
         controller_arguments: debug.clone(),
         agent_arguments: debug,
         ..Options::default()
@@ -59,8 +62,12 @@ fn manifest_of(space: &Space, url: &str, host: &str) -> Value {
 }
 
 async fn says(space: &Space, host: &str, expected: &str) {
+    says_on(space, NODE, host, expected).await;
+}
+
+async fn says_on(space: &Space, node: &str, host: &str, expected: &str) {
     until(&format!("{host} says {expected}"), DEPLOY_LIMIT, || async {
-        match space.get(NODE, host).await {
+        match space.get(node, host).await {
             Ok((200, body)) if body == expected => Ok(()),
             other => Err(other),
         }
@@ -76,13 +83,21 @@ async fn main_pid(space: &Space, process: &str) -> String {
 }
 
 async fn release(space: &Space) -> Release {
-    let name = release_name("shop", &NodeName::new(NODE));
+    release_on(space, NODE).await
+}
+
+async fn release_on(space: &Space, node: &str) -> Release {
+    let name = release_name("shop", &NodeName::new(node));
     space.releases().get(&name).await.expect("a Release")
 }
 
 /// Writes a Release's spec as only the controller may.
 async fn decide(space: &Space, change: impl Fn(&mut ReleaseSpec)) -> ReleaseId {
-    let mut release = release(space).await;
+    decide_on(space, NODE, change).await
+}
+
+async fn decide_on(space: &Space, node: &str, change: impl Fn(&mut ReleaseSpec)) -> ReleaseId {
+    let mut release = release_on(space, node).await;
     release.spec.release_id = ReleaseId(uuid::Uuid::new_v4());
     release.spec.attempt += 1;
     change(&mut release.spec);
@@ -357,6 +372,191 @@ async fn going_back_to_what_the_node_retains_needs_no_secret_and_what_is_moved_d
     suspend(&space, &mut manifest, false).await;
     space.request_look("shop").await;
     says(&space, &host, "newest value").await;
+}
+
+/// Lets a node get nothing new, or something again.
+async fn cordon(space: &Space, node: &str, cordoned: bool) {
+    let patch = json!({"spec": {"unschedulable": cordoned}});
+    let nodes: Api<Node> = Api::all(space.client.clone());
+    nodes
+        .patch(node, &PatchParams::default(), &Patch::Merge(&patch))
+        .await
+        .expect("a Node");
+}
+
+/// Gives the Secret another value, and waits until the first node serves it.
+async fn next_value(space: &Space, host: &str, value: &str) -> ReleaseSpec {
+    space.secret("shop", "Opaque", &[("message", value)]).await;
+    space.request_look("shop").await;
+    says(space, host, value).await;
+    space
+        .deployment_until("shop", "deployed", DEPLOY_LIMIT, |d| {
+            let conditions = d.status.clone().unwrap_or_default().conditions;
+            reason(&conditions, "Ready") == "Deployed"
+        })
+        .await;
+    release(space).await.spec
+}
+
+#[tokio::test]
+async fn what_is_moved_to_another_node_app_or_revision_is_refused_and_harms_nothing() {
+    let space = space("moved").await;
+    let host = format!("{}.example.com", space.namespace);
+    let files = folder(&app::files("unused"));
+    let repository = space.push("shop", files.path());
+    space.secret("shop", "Opaque", &[("message", "one")]).await;
+    let mut manifest = manifest_of(&space, &repository.url, &host);
+    manifest["spec"]["placement"]["nodeSelector"] = json!({});
+    manifest["spec"]["keepReleases"] = json!(0);
+    space.apply(&manifest).await;
+    space.ready_at("shop", &repository.commit).await;
+    let first = release(&space).await.spec;
+    // The other node stays at the first value and knows none of those that follow.
+    cordon(&space, OTHER_NODE, true).await;
+    let second = next_value(&space, &host, "two").await;
+    next_value(&space, &host, "three").await;
+    let last = next_value(&space, &host, "four").await;
+    let kept = format!("/var/lib/kari/apps/{}.shop/releases", space.namespace);
+    until("what is old is kept no more", LIMIT, || async {
+        let kept = space.on(NODE, &["ls", &kept]).await;
+        let old = [&first, &second].map(|spec| kept.contains(&spec.revision));
+        if old == [false, false] {
+            Ok(())
+        } else {
+            Err(kept)
+        }
+    })
+    .await;
+    suspend(&space, &mut manifest, true).await;
+
+    // Another tenant's app, of the same name and on the same node.
+    let spy = self::space("spy").await;
+    let spied = format!("{}.example.com", spy.namespace);
+    let repository = spy.push("shop", files.path());
+    spy.secret("shop", "Opaque", &[("message", "own")]).await;
+    let mut of_spy = manifest_of(&spy, &repository.url, &spied);
+    spy.apply(&of_spy).await;
+    spy.ready_at("shop", &repository.commit).await;
+    suspend(&spy, &mut of_spy, true).await;
+
+    // An administrator, or who has become one, writes what the controller never would. The node's own release
+    // says what it has, and the one that is told carries a sealed value as it was written for another.
+    let own = release_on(&space, OTHER_NODE).await.spec.sealed[0]
+        .key_id
+        .clone();
+    let moved = last.sealed[0].clone();
+    let renamed = SealedValue {
+        key_id: own,
+        ..moved.clone()
+    };
+    let cases = [
+        (
+            "moved to another node",
+            &space,
+            OTHER_NODE,
+            &host,
+            "one",
+            &last,
+            moved.clone(),
+            "is sealed to the key",
+        ),
+        (
+            "moved to another node, and said to be for its key",
+            &space,
+            OTHER_NODE,
+            &host,
+            "one",
+            &last,
+            renamed,
+            "was sealed for another Release",
+        ),
+        (
+            "of an older revision",
+            &space,
+            NODE,
+            &host,
+            "four",
+            &second,
+            first.sealed[0].clone(),
+            "was sealed for another Release",
+        ),
+        (
+            "of another tenant's app",
+            &spy,
+            NODE,
+            &spied,
+            "own",
+            &last,
+            moved,
+            "was sealed for another Release",
+        ),
+    ];
+    for (case, space, node, host, served, told, sealed, why) in cases {
+        let id = decide_on(space, node, |spec| {
+            spec.revision = told.revision.clone();
+            spec.template.secret_env = told.template.secret_env.clone();
+            spec.sealed = vec![sealed.clone()];
+        })
+        .await;
+        let refused = space
+            .release_until("shop", node, case, LIMIT, |release| {
+                let attempt = release.status.clone().unwrap_or_default().attempt;
+                let attempt = attempt.filter(|attempt| attempt.release_id == id);
+                let failure = attempt.and_then(|attempt| attempt.failure);
+                failure.is_some_and(|f| f.reason == "SealedForOtherKey" && f.message.contains(why))
+            })
+            .await;
+        let shown = support::text_of(&refused);
+        for value in ["two", "three", "four"] {
+            assert!(!shown.contains(&format!("\"{value}\"")), "{case}: {shown}");
+        }
+        assert_eq!(
+            space.get(node, host).await,
+            Ok((200, served.into())),
+            "{case}"
+        );
+        if node == OTHER_NODE {
+            let untouched = release(space)
+                .await
+                .status
+                .and_then(|status| status.attempt);
+            assert_eq!(
+                untouched.and_then(|attempt| attempt.failure),
+                None,
+                "{case}"
+            );
+            assert_eq!(
+                space.get(NODE, host).await,
+                Ok((200, "four".into())),
+                "{case}"
+            );
+        }
+        println!("{case}: refused, {host} on {node} goes on");
+    }
+    // The controller puts all of it right when it may. What has the right digest and says that it is sealed to the
+    // node's key it cannot tell from its own: that goes with the next value.
+    space.secret("shop", "Opaque", &[("message", "five")]).await;
+    cordon(&space, OTHER_NODE, false).await;
+    suspend(&spy, &mut of_spy, false).await;
+    suspend(&space, &mut manifest, false).await;
+    space.request_look("shop").await;
+    for (space, node, host, value) in [
+        (&space, NODE, &host, "five"),
+        (&space, OTHER_NODE, &host, "five"),
+        (&spy, NODE, &spied, "own"),
+    ] {
+        says_on(space, node, host, value).await;
+        space
+            .release_until("shop", node, "right again", LIMIT, |release| {
+                release.status.clone().is_some_and(|status| {
+                    is(&status.conditions, "Ready", "True")
+                        && status
+                            .serving
+                            .is_some_and(|s| s.release_id == release.spec.release_id)
+                })
+            })
+            .await;
+    }
 }
 
 #[tokio::test]

@@ -80,6 +80,17 @@ pub fn check(spec: &DeploymentSpec, insecure_source_schemes: bool) -> Result<&Gi
     Ok(source)
 }
 
+/// What an admission policy says against a spec that is there already is a refusal like any other.
+pub fn check_policies(denied: Option<&str>) -> Result<(), Refusal> {
+    match denied {
+        None => Ok(()),
+        Some(message) => Err(Refusal {
+            reason: Reason::PolicyDenied,
+            message: message.to_owned(),
+        }),
+    }
+}
+
 /// A host is served with one certificate, whichever process has a path of it.
 fn check_certificates(spec: &DeploymentSpec) -> Result<(), String> {
     let mut certificates = BTreeMap::new();

@@ -28,6 +28,7 @@ use super::observed::{
     ObservedRevision, Outcome, Presence, Reach,
 };
 use super::placement;
+use super::policies::Policies;
 use super::reach::Leases;
 use super::references::{self, Contents, Question, References};
 use super::revision;
@@ -217,6 +218,7 @@ impl Caches {
         memory: &mut Memory,
         sources: &Sources,
         references: &References,
+        policies: &Policies,
         insecure_source_schemes: bool,
     ) -> Found {
         let Some(found) = self.deployments.get(&reference(key)) else {
@@ -229,6 +231,7 @@ impl Caches {
         if deployment.meta().deletion_timestamp.is_some() {
             return Found::Deleting;
         }
+        let denied = policies.denied(key, deployment);
         let deployment = observed_deployment(key, deployment);
         if memory.superseded.get(key) == Some(&deployment.resource_version) {
             return Found::Behind;
@@ -257,6 +260,7 @@ impl Caches {
             lookup,
             contents,
             deployment,
+            denied,
             insecure_source_schemes,
         }))
     }
@@ -537,6 +541,7 @@ mod tests {
         // Nobody listens there, and nothing refers to anything.
         let nobody = kube::Config::new("http://127.0.0.1:9".parse().unwrap());
         let client = client::build(nobody, &ApiMetrics::new(&mut registry)).unwrap();
+        let policies = Policies::new(client.clone(), trigger.clone());
         let references = References::new(client, "kari-system", trigger, &mut registry);
         let key = Key {
             namespace: "web".into(),
@@ -549,8 +554,9 @@ mod tests {
             writer.apply_watcher_event(&Event::Apply(DeserializeGuard(Ok(object))));
         };
         let mut memory = Memory::default();
-        let observe =
-            |memory: &mut Memory| caches.observe(&key, memory, &sources, &references, false);
+        let observe = |memory: &mut Memory| {
+            caches.observe(&key, memory, &sources, &references, &policies, false)
+        };
 
         assert!(matches!(observe(&mut memory), Found::Nothing));
         shows("1");

@@ -25,6 +25,8 @@ pub struct Observed {
     pub lookup: Lookup,
     /// What the ConfigMaps and Secrets hold that the spec refers to.
     pub contents: Contents,
+    /// What an admission policy says against the spec now, if anything.
+    pub denied: Option<String>,
     /// Whether the administrator allows `http://` and `git://`.
     pub insecure_source_schemes: bool,
 }

@@ -16,7 +16,7 @@ use crate::api::deployment::{
 };
 use crate::api::names::{Commit, NodeName, RevisionName};
 
-use super::check::check;
+use super::check::{check, check_policies};
 use super::observed::{
     FailureClass, Observed, ObservedNode, ObservedRevision, Outcome, RevisionData,
 };
@@ -77,7 +77,10 @@ pub enum RevisionStep {
 pub fn plan(observed: &Observed, now: Timestamp) -> Plan {
     let deployment = &observed.deployment;
     let before = &deployment.status;
-    let checked = check(&deployment.spec, observed.insecure_source_schemes);
+    let checked = check(&deployment.spec, observed.insecure_source_schemes).and_then(|source| {
+        check_policies(observed.denied.as_deref())?;
+        Ok(source)
+    });
     let source = checked.as_ref().ok().copied();
     let credentials = references::credentials(&deployment.spec, &observed.contents);
     let environment = references::resolve(&deployment.spec, &observed.contents);

@@ -24,6 +24,7 @@ use super::apply::{Applied, FIELD_MANAGER, Refused, apply, refused};
 use super::observe::{Caches, Found, Memory};
 use super::observed::{Observed, ObservedDeployment};
 use super::plan::plan;
+use super::policies::Policies;
 use super::references::References;
 use super::source::Sources;
 use super::{release, rollout};
@@ -49,6 +50,8 @@ pub struct Context {
     pub sources: Sources,
     /// What is referred to.
     pub references: References,
+    /// What is still allowed.
+    pub policies: Policies,
     /// What no cache says.
     pub memory: Arc<Mutex<Memory>>,
     /// Where events go.
@@ -93,8 +96,14 @@ impl Context {
         let found = {
             let mut memory = self.memory();
             let insecure = self.insecure_source_schemes;
-            self.caches
-                .observe(&key, &mut memory, &self.sources, &self.references, insecure)
+            self.caches.observe(
+                &key,
+                &mut memory,
+                &self.sources,
+                &self.references,
+                &self.policies,
+                insecure,
+            )
         };
         let outcome = match found {
             Found::Nothing | Found::Deleting => {

@@ -84,6 +84,7 @@ impl World {
                 answered_request: None,
             },
             contents: Contents::new(),
+            denied: None,
             insecure_source_schemes: false,
         };
         Self {

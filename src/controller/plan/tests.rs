@@ -751,6 +751,25 @@ fn a_spec_that_is_not_allowed_changes_no_node() {
 }
 
 #[test]
+fn a_spec_that_a_policy_refuses_now_changes_no_node_until_it_is_allowed_again() {
+    let mut world = World::deployed(2);
+    world.push('b');
+    world.reconcile();
+    world.agent_commits("n1");
+    world.observed.denied = Some("the namespace web may not deploy".into());
+    assert_eq!(world.reconcile().steps, [], "no further node is begun");
+    let (stalled, message) = world.stalled();
+    assert_eq!(stalled, "True/PolicyDenied");
+    assert_eq!(message, "the namespace web may not deploy");
+    assert_eq!(world.ready().0, "False/PolicyDenied");
+    assert_eq!(world.served(), ["b", "a"]);
+    world.observed.denied = None;
+    world.roll_out();
+    assert_eq!(world.stalled().0, "False/Deployed");
+    assert_eq!(world.served(), ["b", "b"]);
+}
+
+#[test]
 fn a_release_that_an_earlier_deployment_left_is_taken_on() {
     let mut world = World::deployed(2);
     world.release("n2").orphaned = true;

@@ -206,8 +206,8 @@ impl Mirrors {
             // Each fetch tries again.
             warn!(%error, "the scripts of the fetches cannot be written");
         }
-        if let Err(error) = self.remove_leftovers().await {
-            warn!(%error, "files of credentials in /run/kari/git cannot be removed");
+        if let Err(error) = self.remove_logs_without_unit().await {
+            warn!(%error, "the logs of fetches that were cut off cannot be removed from /var/lib/kari/mirrors");
         }
         let mut known = BTreeMap::new();
         loop {
@@ -235,7 +235,7 @@ impl Mirrors {
             .mirrors()
             .map(|(key, path, apps)| (key.clone(), path.clone(), apps.cloned().collect()))
             .collect();
-        let mut failed = None;
+        let mut failed = self.remove_unwanted_credentials().await.err();
         for (key, path, apps) in mirrors {
             // One that cannot be looked at holds no other up.
             let seen = match self.look_at(&key, &path, &apps).await {
@@ -414,19 +414,40 @@ impl Mirrors {
         let masked = credential.mask(&log);
         // Always: what stands before the end that was read goes.
         write_durably(&path, masked.as_bytes(), 0o600)?;
+        credentials::remove(key)?;
         Ok(masked)
     }
 
-    /// Removes files of credentials whose fetch ended while no agent ran.
-    async fn remove_leftovers(&self) -> Result<(), MirrorError> {
+    /// Removes the files of the credential of a fetch that is over. Where they are still there, nobody has read
+    /// and masked what was said to it: its log goes with them.
+    fn remove_credential(&self, key: &MirrorKey) -> Result<(), StoreError> {
+        if credentials::folder(key).exists() {
+            store::remove(&self.log(key))?;
+        }
+        credentials::remove(key)
+    }
+
+    /// Removes the logs of fetches that a reboot ended: nobody can tell whether they are masked.
+    async fn remove_logs_without_unit(&self) -> Result<(), MirrorError> {
+        for key in self.keys()? {
+            let unit = fetch_unit_name(key.as_str());
+            if self.inner.systemd.get_unit_state(&unit).await?.is_none() {
+                store::remove(&self.log(&key))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes files of credentials whose fetch is over and that nobody wants: an agent before this one began it.
+    async fn remove_unwanted_credentials(&self) -> Result<(), MirrorError> {
         for key in credentials::keys()? {
+            if self.schedule().is_wanted(&key) {
+                continue;
+            }
             let unit = fetch_unit_name(key.as_str());
             let state = self.inner.systemd.get_unit_state(&unit).await?;
-            let runs = state.is_some_and(|state| {
-                !state.active_state.is_stopped() && state.sub_state != "exited"
-            });
-            if !runs {
-                credentials::remove(&key)?;
+            if state.is_none_or(|s| s.active_state.is_stopped() || s.sub_state == "exited") {
+                self.remove_credential(&key)?;
             }
         }
         Ok(())
@@ -460,7 +481,7 @@ impl Mirrors {
         let unit = fetch_unit_name(key.as_str());
         let _ = self.inner.systemd.kill_unit(&unit, SIGKILL).await;
         self.inner.systemd.stop_unit(&unit, STOP_LIMIT).await?;
-        Ok(credentials::remove(key)?)
+        Ok(self.remove_credential(key)?)
     }
 
     fn drop_mirror(&self, key: &MirrorKey) -> Result<(), MirrorError> {

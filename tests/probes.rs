@@ -210,7 +210,13 @@ http.server.BaseHTTPRequestHandler = Hanging
         "process web is not alive and is restarted, after each time later: its livenessProbe failed: no answer",
     )
     .await;
-    shop.space.ready_at("shop", &shop.repository.commit).await;
+    // Of the node, which has just said the opposite: the Deployment may still say what was before.
+    shop.space
+        .release_until("shop", NODE, "Ready again", LIMIT, |release| {
+            let status = release.status.clone().unwrap_or_default();
+            is(&status.conditions, "Ready", "True")
+        })
+        .await;
     assert_eq!(
         shop.space.get(NODE, &shop.host).await,
         Ok((200, "one".into()))

@@ -210,13 +210,17 @@ http.server.BaseHTTPRequestHandler = Hanging
         "process web is not alive and is restarted, after each time later: its livenessProbe failed: no answer",
     )
     .await;
-    // Of the node, which has just said the opposite: the Deployment may still say what was before.
+    // The agent's own word: the Deployment may still be Ready from before.
     shop.space
-        .release_until("shop", NODE, "Ready again", LIMIT, |release| {
-            let status = release.status.clone().unwrap_or_default();
-            is(&status.conditions, "Ready", "True")
+        .release_until("shop", NODE, "Ready again", DEPLOY_LIMIT, |r| {
+            is(
+                &r.status.clone().unwrap_or_default().conditions,
+                "Ready",
+                "True",
+            )
         })
         .await;
+    shop.space.ready_at("shop", &shop.repository.commit).await;
     assert_eq!(
         shop.space.get(NODE, &shop.host).await,
         Ok((200, "one".into()))

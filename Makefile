@@ -17,7 +17,7 @@ demo: build ## a control plane and three nodes here, a deployment, a second comm
 	@hack/demo.sh
 
 .PHONY: test
-test: prerequisites ## every test but those of `make e2e`, on a real control plane and real systemd nodes (as root)
+test: test-programs ## every test but those of `make e2e`, on a real control plane and real systemd nodes (as root)
 	@hack/test.sh
 
 .PHONY: coverage
@@ -27,16 +27,22 @@ coverage: prerequisites ## which lines of the planners the unit tests reach, and
 .PHONY: check
 check: check-rust check-dependencies check-scripts check-generated check-chart ## formatting, lints, licences, generated files, the chart; what CI runs before the tests
 
+# The tests that run Kari, with its parts in Pods: as many as `make e2e` has time for, and the others.
+# CONTRIBUTING.md says which cannot run so.
+tests_in_pods = deploy failure references removal rollout routes
+more_tests_in_pods = crash git_servers many nodes probes secrets switch
+
 .PHONY: check-long
-check-long: build ## what is too long for `make test`, or needs a package registry: third-party servers, 20 testbeds in a row, the image twice
+check-long: build ## what is too long for `make test`, or needs a package registry: more tests in Pods, third-party servers, 20 testbeds in a row, the image twice
+	KARI_TESTBED_KUBELET=1 cargo test --workspace --locked --no-fail-fast $(addprefix --test ,$(more_tests_in_pods))
 	hack/third-party.sh
 	hack/up-down.sh
 	hack/image-twice.sh
 
 .PHONY: e2e
-e2e: prerequisites ## Kari as a cluster has it: image, nodes with a kubelet, helm install, upgrade, uninstall (as root)
-	cargo test --locked --test e2e -- --nocapture
-	KARI_TESTBED_KUBELET=1 cargo test --locked --test deploy --test failure --test references --test routes
+e2e: test-programs ## Kari as a cluster has it: image, nodes with a kubelet, helm install, upgrade, rollback, uninstall (as root)
+	cargo test --workspace --locked --test e2e -- --nocapture
+	KARI_TESTBED_KUBELET=1 cargo test --workspace --locked $(addprefix --test ,$(tests_in_pods))
 
 .PHONY: image
 image: prerequisites ## Kari's image as target/kari-image.tar, without a registry; the Dockerfile makes the same with one
@@ -47,9 +53,14 @@ image: prerequisites ## Kari's image as target/kari-image.tar, without a registr
 build: prerequisites ## the programs and the testbed, for development
 	cargo build --workspace --locked
 
+# With the features that the tests' own dependencies turn on: after `cargo build` most libraries would be built again.
+.PHONY: test-programs
+test-programs: prerequisites
+	cargo test --workspace --locked --no-run
+
 .PHONY: generate
 generate: prerequisites ## write crds/, docs/api.md and the chart's copies and page anew
-	KARI_WRITE_GENERATED=1 cargo test --quiet --locked --test generated
+	KARI_WRITE_GENERATED=1 cargo test --workspace --quiet --locked --test generated
 
 .PHONY: clean
 clean: ## remove what was built here; caches in the user's cache folder stay

@@ -192,7 +192,8 @@ impl GitCredential {
                 let mut files = vec![];
                 let mut settings = vec![];
                 match login {
-                    // Git asks for it by host, so that a redirect to another gets none.
+                    // Git asks for it by host, so that a redirect to another gets none. Of what the shell itself
+                    // has: there is no `cat` in the controller's image.
                     Some(Login::Basic { username, password }) => {
                         files.push((
                             "login",
@@ -200,7 +201,9 @@ impl GitCredential {
                         ));
                         settings.push((
                             format!("credential.{origin}.helper"),
-                            format!("!f() {{ test \"$1\" != get || cat {folder}/login; }}; f"),
+                            format!(
+                                "!f() {{ test \"$1\" != get || while IFS= read -r line; do printf '%s\\n' \"$line\"; done <{folder}/login; }}; f"
+                            ),
                         ));
                     }
                     // Git would send a header on to wherever the first answer leads, hence no redirects.
@@ -664,6 +667,25 @@ mod tests {
             let shown = format!("{:?}", parsed(url, pairs));
             assert!(!shown.contains("hush"), "{shown}");
         }
+    }
+
+    #[test]
+    fn git_gets_a_password_where_there_is_no_program_but_the_shell() {
+        let folder = tempfile::tempdir().unwrap();
+        let pairs = [("username", "kari"), ("password", r"h\\u%s h $x")];
+        let GitAccess {
+            files, settings, ..
+        } = parsed(HTTPS_URL, &pairs).access(folder.path());
+        let (name, login) = &files[0];
+        std::fs::write(folder.path().join(name), login).unwrap();
+        // As git runs it.
+        let helper = settings[0].1.strip_prefix('!').unwrap();
+        let said = std::process::Command::new("/bin/sh")
+            .args(["-c", &format!("{helper} get")])
+            .env("PATH", "/nowhere")
+            .output()
+            .unwrap();
+        assert_eq!(String::from_utf8_lossy(&said.stdout), *login, "{said:?}");
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! Kari as a cluster has it: the image, nodes with a kubelet, and the commands of docs/install.md, run as they
-//! stand there, with an upgrade in the middle of a rollout.
+//! stand there, with an upgrade in the middle of a rollout, and back.
 
 #![allow(
     clippy::unwrap_used,
@@ -10,10 +10,13 @@
 
 mod support;
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use futures::future::try_join_all;
+use futures::future::{join_all, try_join_all};
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::Api;
 use serde_json::json;
 use support::tls::{Authority, Tls};
 use support::traffic::{self, Traffic};
@@ -30,7 +33,7 @@ const HOST: &str = "hello.example.com";
 const REQUESTS: u32 = 20;
 
 #[tokio::test]
-async fn the_installation_page_installs_upgrades_removes_and_brings_back_kari() {
+async fn the_installation_page_installs_upgrades_rolls_back_removes_and_brings_back_kari() {
     let options = Options {
         nodes: 2,
         kubelet: true,
@@ -58,6 +61,9 @@ async fn the_installation_page_installs_upgrades_removes_and_brings_back_kari() 
     let visitor = Tls::new(Lab(testbed), &authority, HOST);
     upgrade_in_the_middle_of_a_rollout(&space, &visitor, &app, &page).await;
     let processes = processes(&space).await;
+    roll_back(&space, &visitor, &page).await;
+    looked_after_again(&space, 4).await;
+    assert_eq!(self::processes(&space).await, processes, "restarted");
 
     page.follow("Uninstall, and install again: helm uninstall")
         .await;
@@ -81,7 +87,7 @@ async fn the_installation_page_installs_upgrades_removes_and_brings_back_kari() 
 
     page.follow("Uninstall, and install again: helm install")
         .await;
-    looked_after_again(&space).await;
+    looked_after_again(&space, 3).await;
     assert_eq!(self::processes(&space).await, processes, "restarted");
 
     page.follow("Remove everything").await;
@@ -151,22 +157,7 @@ async fn upgrade_in_the_middle_of_a_rollout(
     );
 
     space.ready_at("hello", &commit).await;
-    let images = kubectl(
-        space.testbed,
-        &[
-            "get",
-            "pods",
-            "-n",
-            "kari-system",
-            "-o",
-            "jsonpath={.items[*].spec.containers[*].image}",
-        ],
-    )
-    .await;
-    assert!(
-        images.split(' ').all(|image| image.ends_with(":next")),
-        "{images}"
-    );
+    assert_eq!(tags(space).await, BTreeSet::from(["next".to_owned()]));
     for (traffic, node) in traffic.into_iter().zip(NODES) {
         let tally = traffic.stop().await;
         assert!(tally.failed.is_empty(), "{node}: {:?}", tally.failed);
@@ -174,9 +165,36 @@ async fn upgrade_in_the_middle_of_a_rollout(
     }
 }
 
+/// Goes back to what was installed, under traffic.
+async fn roll_back(space: &Space, visitor: &Tls<Lab>, page: &Page) {
+    let traffic =
+        NODES.map(|node| Traffic::start(visitor.clone(), https(space, node), HOST, REQUESTS, 2));
+    page.follow("Roll back").await;
+    assert_eq!(tags(space).await, BTreeSet::from(["0.1.0".to_owned()]));
+    for (traffic, node) in traffic.into_iter().zip(NODES) {
+        let tally = traffic.stop().await;
+        assert!(tally.failed.is_empty(), "{node}: {:?}", tally.failed);
+        assert_eq!(tally.bodies.len(), 1, "{node} answered {:?}", tally.bodies);
+    }
+}
+
+/// The tags of the images of Kari's Pods, but for Pods that are ending.
+async fn tags(space: &Space) -> BTreeSet<String> {
+    let pods: Api<Pod> = Api::namespaced(space.client.clone(), "kari-system");
+    let pods = pods.list(&Default::default()).await.expect("the Pods");
+    let staying = pods
+        .iter()
+        .filter(|pod| pod.metadata.deletion_timestamp.is_none());
+    let containers = staying.flat_map(|pod| pod.spec.iter().flat_map(|spec| &spec.containers));
+    containers
+        .map(|container| container.image.clone().expect("an image"))
+        .map(|image| image.rsplit(':').next().expect("a tag").to_owned())
+        .collect()
+}
+
 /// Waits until an agent of each node has taken note of a change that restarts nothing.
-async fn looked_after_again(space: &Space) {
-    patch(space, &json!({"spec": {"keepReleases": 3}})).await;
+async fn looked_after_again(space: &Space, keep: u32) {
+    patch(space, &json!({"spec": {"keepReleases": keep}})).await;
     for node in NODES {
         space
             .release_until("hello", node, "taken on", DEPLOY_LIMIT, |release| {
@@ -184,7 +202,7 @@ async fn looked_after_again(space: &Space) {
                     .status
                     .as_ref()
                     .map(|status| status.observed_generation);
-                release.spec.template.keep_releases == 3 && noted == release.metadata.generation
+                release.spec.template.keep_releases == keep && noted == release.metadata.generation
             })
             .await;
     }
@@ -199,18 +217,20 @@ async fn nothing_is_left(space: &Space, node: &str) {
     assert_eq!(left, "", "left on {node}");
 }
 
-/// The main processes of the app on all nodes.
+/// The main process of the app on each node, once the one before it has drained.
 async fn processes(space: &Space) -> Vec<String> {
     let show = "systemctl show --property=Id,MainPID 'kari.web.hello.web.*.service'";
-    let mut found = Vec::new();
-    for node in NODES {
-        found.push(space.on(node, &["sh", "-c", show]).await);
-    }
-    assert!(
-        found.iter().all(|text| text.contains("MainPID=")),
-        "{found:?}"
-    );
-    found
+    let look = async |node: &'static str| {
+        until(&format!("one process runs on {node}"), LIMIT, || async {
+            let found = space.on(node, &["sh", "-c", show]).await;
+            match found.matches("MainPID=").count() {
+                1 => Ok(found),
+                _ => Err(found),
+            }
+        })
+        .await
+    };
+    join_all(NODES.map(look)).await
 }
 
 async fn patch(space: &Space, change: &serde_json::Value) {

@@ -238,10 +238,9 @@ async fn what_is_orphaned_runs_on_and_is_taken_on_again_without_a_restart() {
             ""
         );
         held_apps_are(&space, "").await;
-        let node = space.testbed.node(NODE).expect("the node");
         let name = format!("{}/shop", space.namespace);
-        let refused = node
-            .output(&["/opt/kari/kari", "agent", "remove", &name])
+        let refused = space
+            .agent(NODE, &["remove", &name])
             .await
             .expect_err("an app with a Release was removed");
         assert!(refused.to_string().contains("a Release holds"), "{refused}");
@@ -250,9 +249,8 @@ async fn what_is_orphaned_runs_on_and_is_taken_on_again_without_a_restart() {
 
     // Only root on the node takes it away now.
     let name = format!("{}/shop", space.namespace);
-    let answer = space
-        .on(NODE, &["/opt/kari/kari", "agent", "remove", &name])
-        .await;
+    let removed = space.agent(NODE, &["remove", &name]).await;
+    let answer = removed.unwrap_or_else(|e| panic!("{e}"));
     assert!(answer.contains("is gone from this node"), "{answer}");
     until("the host is as it was", LIMIT, || async {
         let difference = difference(&before, &snapshot(&space).await);

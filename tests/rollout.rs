@@ -142,11 +142,15 @@ async fn a_second_commit_reaches_three_nodes_one_after_another_without_a_failed_
     assert_eq!(order, NODES, "{total} requests");
 }
 
-/// A second controller beside the testbed's, with the same identity; it ends with the test.
-struct Standby(Child);
+/// A second controller beside the testbed's, with the same identity; it ends with the test. Where Kari's parts are
+/// Pods there is one already.
+struct Standby(Option<Child>);
 
 impl Standby {
     fn start(space: &Space) -> Self {
+        if support::kari_is_in_pods() {
+            return Self(None);
+        }
         let kari = testbed::program::kari().unwrap_or_else(|e| panic!("{e}"));
         let mut command = space.testbed.lab_command(&kari).unwrap();
         let kubeconfig = space.testbed.directory().join("controller/kubeconfig");
@@ -159,14 +163,36 @@ impl Standby {
             .stderr(Stdio::null())
             .spawn()
             .expect("a second controller");
-        Self(child)
+        Self(Some(child))
+    }
+
+    /// Tells it to end, and waits until it has.
+    async fn end(&mut self, space: &Space) {
+        let Some(child) = &mut self.0 else {
+            let ended = space.testbed.kill(Part::Controller, Signal::TERM).await;
+            return ended.unwrap();
+        };
+        let id = rustix::process::Pid::from_child(child);
+        rustix::process::kill_process(id, Signal::TERM).unwrap();
+        until("the leader has ended", LIMIT, || {
+            let ended = child.try_wait();
+            async move {
+                match ended {
+                    Ok(Some(status)) if status.success() => Ok(()),
+                    other => Err(format!("{other:?}")),
+                }
+            }
+        })
+        .await;
     }
 }
 
 impl Drop for Standby {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }
 
@@ -214,18 +240,7 @@ async fn a_standby_goes_on_with_the_rollout_of_a_leader_that_is_killed_within_th
     assert_ne!(taken_over, "");
 
     // One that is told to end lets go of the Lease at once, and the next need not wait for it to expire.
-    let id = rustix::process::Pid::from_child(&standby.0);
-    rustix::process::kill_process(id, Signal::TERM).unwrap();
-    until("the leader has ended", LIMIT, || {
-        let ended = standby.0.try_wait();
-        async move {
-            match ended {
-                Ok(Some(status)) if status.success() => Ok(()),
-                other => Err(format!("{other:?}")),
-            }
-        }
-    })
-    .await;
+    standby.end(&space).await;
     assert_eq!(leader(&space).await, "", "the Lease is held by nobody");
     space.testbed.start(Part::Controller).await.unwrap();
     until("somebody leads", LIMIT, || async {

@@ -215,8 +215,8 @@ async fn another_key_of_the_node_has_all_sealed_anew_and_restarts_nothing() {
     space.ready_at("shop", &repository.commit).await;
     let (pid, before) = (main_pid(&space, "web").await, release(&space).await.spec);
     let traffic = traffic(&space, &host);
-    let kari = env!("CARGO_BIN_EXE_kari");
-    let said = space.on(NODE, &[kari, "agent", "rotate-key"]).await;
+    let said = space.agent(NODE, &["rotate-key"]).await;
+    let said = said.unwrap_or_else(|e| panic!("{e}"));
     let id = said.split_once("key is ").expect(&said).1[..16].to_owned();
     assert_ne!(before.sealed[0].key_id.as_deref(), Some(id.as_str()));
     let after = space

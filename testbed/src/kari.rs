@@ -10,8 +10,11 @@ use std::{
 };
 
 use jiff::Timestamp;
-use k8s_openapi::api::coordination::v1::Lease;
-use kube::{Api, Client};
+use k8s_openapi::api::{coordination::v1::Lease, core::v1::ConfigMap};
+use kube::{
+    Api, Client,
+    api::{Patch, PatchParams},
+};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -72,39 +75,88 @@ pub async fn install(
     plane: &ControlPlane,
     toolchains: &[Toolchain],
 ) -> Result<()> {
-    let (directory, description) = (directory.clone(), description.clone());
-    let helm = plane.required("helm")?;
-    let tool_path = tool_path(toolchains);
-    let work = move || {
-        let image = images::make_kari(directory.path(), images::KARI)?;
-        images::import(&directory, &description, &image.archive)?;
-        let (repository, tag) = images::KARI.split_once(':').unwrap_or_default();
-        let values = json!({
-            "image": {"repository": repository, "tag": tag},
-            "controller": {
-                "insecureSourceSchemes": true, // the git server here speaks plain http
-                "extraArguments": description.controller_arguments,
-            },
-            "agent": {
-                "httpPort": description.addresses.http_port,
-                "httpsPort": description.addresses.https_port,
-                "toolPath": tool_path,
-                "diskReserveMib": DISK_RESERVE_MIB,
-                "extraArguments": description.agent_arguments,
-            },
-        });
-        let file = directory.join("values.json");
-        write_file(&file, values.to_string().as_bytes())?;
-        let mut command = Command::new(helm);
-        command
-            .args(["install", "kari", CHART, "--create-namespace", "--wait"])
-            .arg(format!("--namespace={NAMESPACE}"))
-            .arg(format!("--timeout={}s", INSTALL_LIMIT.as_secs()))
-            .arg("--values")
-            .arg(&file)
-            .env("KUBECONFIG", directory.kubeconfig());
-        process::run(&mut command).map(drop)
+    let work = {
+        let (directory, description) = (directory.clone(), description.clone());
+        move || {
+            let image = images::make_kari(directory.path(), images::KARI)?;
+            images::import(&directory, &description, &image.archive)
+        }
     };
+    blocking(work).await?;
+    apply_chart(directory, description, plane, toolchains).await
+}
+
+/// Installs the chart with the values that the description asks for, or brings
+/// it to them, and waits until all of it is ready.
+pub async fn apply_chart(
+    directory: &Directory,
+    description: &Description,
+    plane: &ControlPlane,
+    toolchains: &[Toolchain],
+) -> Result<()> {
+    let (repository, tag) = images::KARI.split_once(':').unwrap_or_default();
+    let mut values = json!({
+        "image": {"repository": repository, "tag": tag},
+        "controller": {
+            "insecureSourceSchemes": true, // the git server here speaks plain http
+            "extraArguments": description.controller_arguments,
+        },
+        "agent": {
+            "httpPort": description.addresses.http_port,
+            "httpsPort": description.addresses.https_port,
+            "toolPath": tool_path(toolchains),
+            "diskReserveMib": DISK_RESERVE_MIB,
+            "extraArguments": description.agent_arguments,
+        },
+    });
+    add_trust(directory, &mut values).await?;
+    let file = directory.join("values.json");
+    write_file(&file, values.to_string().as_bytes())?;
+    let mut command = Command::new(plane.required("helm")?);
+    command
+        .args(["upgrade", "kari", CHART, "--install", "--create-namespace"])
+        .arg("--wait")
+        .arg(format!("--namespace={NAMESPACE}"))
+        .arg(format!("--timeout={}s", INSTALL_LIMIT.as_secs()))
+        .arg("--values")
+        .arg(&file)
+        .env("KUBECONFIG", directory.kubeconfig());
+    blocking(move || process::run(&mut command).map(drop)).await
+}
+
+/// Shows the controllers what they were given to trust, where they were. Pods
+/// never see another content of a file that is mounted alone, so each has a
+/// ConfigMap of its own: the files only grow.
+async fn add_trust(directory: &Directory, values: &mut serde_json::Value) -> Result<()> {
+    let folder = directory.join("controller");
+    let read = |file: &str| std::fs::read_to_string(folder.join(file)).unwrap_or_default();
+    let (certificates, keys) = (read("certificates"), read("ssh/ssh_known_hosts"));
+    if certificates.is_empty() {
+        return Ok(());
+    }
+    let name = format!("kari-trust-{}-{}", certificates.len(), keys.len());
+    let map = json!({
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": name},
+        "data": {"certificates": certificates, "keys": keys},
+    });
+    let maps: Api<ConfigMap> = Api::namespaced(plane::client(directory).await?, NAMESPACE);
+    let parameters = PatchParams::apply("testbed").force();
+    maps.patch(&name, &parameters, &Patch::Apply(&map))
+        .await
+        .context(|| format!("write the ConfigMap {name}"))?;
+    let mount =
+        |file: &str, path: &str| json!({"name": "trust", "subPath": file, "mountPath": path});
+    values["controller"]["extraVolumes"] = json!([{"name": "trust", "configMap": {"name": name}}]);
+    values["controller"]["extraVolumeMounts"] = json!([
+        mount("certificates", node::CERTIFICATES),
+        mount("keys", node::HOST_KEYS),
+    ]);
+    Ok(())
+}
+
+async fn blocking(work: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
     tokio::task::spawn_blocking(work)
         .await
         .map_err(|error| Error::State(error.to_string()))?
@@ -230,7 +282,8 @@ pub fn start_agent(
     directory.record_process(part, agent)
 }
 
-/// Waits until the agent of a node has renewed its Lease after `since`.
+/// Waits until the agent of a node has renewed its Lease after `since`. A
+/// process that is a part of the testbed has to be alive meanwhile.
 pub async fn wait_agent(
     client: &Client,
     directory: &Directory,
@@ -245,7 +298,7 @@ pub async fn wait_agent(
         READY_LIMIT,
         || directory.log_tail(Part::Agent(name)),
         async || {
-            if !agent.is_some_and(Process::is_alive) {
+            if agent.is_some_and(|agent| !agent.is_alive()) {
                 return Seen::Never("its process ended".to_owned());
             }
             match leases.get_opt(&lease).await {

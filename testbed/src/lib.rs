@@ -14,8 +14,8 @@
 //! [`lifecycle`] is how it comes up and goes down. [`state`], [`process`] and
 //! [`wait`] are its ground; [`program`], [`prerequisites`] and [`toolchains`]
 //! are what it finds on the machine; [`network`], [`pki`], [`plane`], [`node`],
-//! [`git`], [`cluster`] and [`kari`] are its parts; [`kubelet`] and [`images`]
-//! what nodes with a kubelet have beyond that.
+//! [`git`], [`cluster`] and [`kari`] are its parts; [`kubelet`], [`images`] and
+//! [`pods`] what nodes with a kubelet have beyond that.
 
 pub mod cluster;
 pub mod error;
@@ -29,6 +29,7 @@ pub mod node;
 pub mod node_handle;
 pub mod pki;
 pub mod plane;
+pub mod pods;
 pub mod prerequisites;
 pub mod process;
 pub mod program;

@@ -52,6 +52,9 @@ pub const KARI_PROGRAM: &str = "/opt/kari/kari";
 /// The certificates that git trusts, on the machine and in a node.
 pub const CERTIFICATES: &str = "/etc/ssl/certs/ca-certificates.crt";
 
+/// The host keys that ssh knows, in a node and in the controller's Pod.
+pub const HOST_KEYS: &str = "/etc/ssh/ssh_known_hosts";
+
 /// Where the agent's kubeconfig and token are in a node.
 pub const CREDENTIALS: &str = "/run/kari-testbed";
 

@@ -20,7 +20,7 @@ use crate::{
     git::{self, Repository},
     images, kari, lifecycle, network, node,
     node_handle::NodeHandle,
-    plane, process,
+    plane, pods, process,
     program::{self, ControlPlane},
     state::{Description, Directory, Network, NodeName, Part},
     toolchains,
@@ -234,7 +234,7 @@ impl Testbed {
     /// Makes the controller and every node know a host key: a line of `ssh_known_hosts`.
     pub async fn trust_host_key(&self, line: &str) -> Result<()> {
         let (_, keys) = kari::controller_trust(&self.directory)?;
-        self.trust(&keys, "/etc/ssh/ssh_known_hosts", line).await
+        self.trust(&keys, node::HOST_KEYS, line).await
     }
 
     async fn trust(&self, of_controller: &Path, in_node: &str, text: &str) -> Result<()> {
@@ -254,7 +254,15 @@ impl Testbed {
             node.output(["sh", "-euc", script, "trust", &text, in_node])
                 .await?;
         }
+        if self.description.kubelet && self.description.kari {
+            return self.apply_chart(&self.description).await;
+        }
         Ok(())
+    }
+
+    async fn apply_chart(&self, description: &Description) -> Result<()> {
+        let (plane, toolchains) = (ControlPlane::ensure()?, toolchains::find());
+        kari::apply_chart(&self.directory, description, &plane, &toolchains).await
     }
 
     /// Imports an image archive, of OCI or of Docker, into every node with a kubelet.
@@ -281,10 +289,15 @@ impl Testbed {
     }
 
     /// Sends a signal to a part; by one that ends processes, waits until it has
-    /// ended. A node ends by SIGKILL alone: its power is cut.
+    /// ended. A node ends by SIGKILL alone: its power is cut. Where Kari's parts
+    /// are Pods, the controller is the one that leads, and the kubelet beside
+    /// what has ended is stopped: it stays away until it is started.
     pub async fn kill(&self, part: Part, signal: Signal) -> Result<()> {
         self.has(part)?;
         let _lock = self.directory.lock(false)?;
+        if self.is_pod(part) {
+            return pods::kill(&self.directory, &self.description, part, signal).await;
+        }
         let Some(process) = self.directory.running(part)? else {
             return Err(Error::State(format!("{part} is not running")));
         };
@@ -316,6 +329,10 @@ impl Testbed {
     pub async fn start(&self, part: Part) -> Result<()> {
         self.has(part)?;
         let _lock = self.directory.lock(false)?;
+        if self.is_pod(part) {
+            let served = self.directory.running(Part::Apiserver)?.is_some();
+            return pods::start(&self.directory, &self.description, part, served).await;
+        }
         if self.directory.running(part)?.is_some() {
             return Err(Error::State(format!("{part} is running already")));
         }
@@ -360,19 +377,23 @@ impl Testbed {
     }
 
     /// Starts the agent of a node, which must not run, with these arguments in the place of
-    /// [`Options::agent_arguments`], for this one time.
+    /// [`Options::agent_arguments`], for this one time; where agents are Pods, all of them and for good.
     pub async fn start_agent_with(&self, name: NodeName, arguments: &[&str]) -> Result<()> {
         let part = Part::Agent(name);
         self.has(part)?;
         let _lock = self.directory.lock(false)?;
-        if self.directory.running(part)?.is_some() {
-            return Err(Error::State(format!("{part} is running already")));
-        }
         let description = Description {
             agent_arguments: arguments.iter().map(|&word| word.to_owned()).collect(),
             ..self.description.clone()
         };
         let served = self.directory.running(Part::Apiserver)?.is_some();
+        if self.is_pod(part) {
+            pods::start(&self.directory, &description, part, served).await?;
+            return self.apply_chart(&description).await;
+        }
+        if self.directory.running(part)?.is_some() {
+            return Err(Error::State(format!("{part} is running already")));
+        }
         self.run_agent(&description, name, served).await
     }
 
@@ -393,6 +414,9 @@ impl Testbed {
     /// What a part has logged so far; of a node that runs, its journal.
     pub fn logs(&self, part: Part) -> Result<String> {
         self.has(part)?;
+        if self.is_pod(part) {
+            return pods::logs(&self.directory, &self.description, part);
+        }
         if let Part::Node(name) = part
             && let Some(init) = self.directory.running(part)?
         {
@@ -483,31 +507,31 @@ impl Testbed {
         }
     }
 
+    /// Whether a part is one of Kari's, which run as Pods here.
+    fn is_pod(&self, part: Part) -> bool {
+        self.description.kubelet && matches!(part, Part::Controller | Part::Agent(_))
+    }
+
     fn has(&self, part: Part) -> Result<()> {
         let here = match part {
-            Part::Node(name) => return self.description.node(&name.to_string()).map(drop),
-            Part::Agent(name) => {
-                self.description.node(&name.to_string())?;
-                !self.description.kubelet
+            Part::Node(name) | Part::Agent(name) => {
+                return self.description.node(&name.to_string()).map(drop);
             }
-            Part::Controller => !self.description.kubelet,
             Part::Scheduler | Part::Dns => self.description.kubelet,
             Part::Lab
             | Part::Forwarder
             | Part::Etcd
             | Part::Apiserver
             | Part::ControllerManager
+            | Part::Controller
             | Part::Git => true,
         };
-        match (here, self.description.kubelet) {
-            (true, _) => Ok(()),
-            (false, true) => Err(Error::State(format!(
-                "{part} is a Pod here, as nodes have a kubelet: use kubectl"
-            ))),
-            (false, false) => Err(Error::State(format!(
-                "{part} is there only where nodes have a kubelet: `testbed up --kubelet`"
-            ))),
+        if here {
+            return Ok(());
         }
+        Err(Error::State(format!(
+            "{part} is there only where nodes have a kubelet: `testbed up --kubelet`"
+        )))
     }
 }
 

@@ -237,12 +237,23 @@ async fn a_node_with_a_kubelet_runs_kari_as_pods_and_comes_back_after_a_power_cu
     let resolved = testbed.kubectl(&words).await.unwrap();
     assert!(resolved.starts_with("10.96.0.1 "), "{resolved:?}");
 
-    let refused = testbed.kill("agent/n1".parse().unwrap(), parse_signal("KILL").unwrap());
-    let refused = refused.await.unwrap_err().to_string();
-    assert_eq!(
-        refused,
-        "agent/n1 is a Pod here, as nodes have a kubelet: use kubectl"
-    );
+    // What is killed stays away until it is started, and its log is there.
+    let agent_part: Part = "agent/n1".parse().unwrap();
+    for part in [Part::Controller, agent_part] {
+        let kill = parse_signal("KILL").unwrap();
+        testbed.kill(part, kill).await.unwrap();
+    }
+    let again = testbed
+        .kill(agent_part, parse_signal("KILL").unwrap())
+        .await;
+    assert_eq!(again.unwrap_err().to_string(), "agent/n1 is not running");
+    testbed.start(Part::Controller).await.unwrap();
+    testbed.start(agent_part).await.unwrap();
+    let logs = testbed.logs(agent_part).unwrap();
+    assert_eq!(logs.matches("the agent is up").count(), 2, "{logs}");
+    let logs = testbed.logs(Part::Controller).unwrap();
+    assert_eq!(logs.matches("this process leads").count(), 2, "{logs}");
+
     testbed
         .kill(Part::Dns, parse_signal("KILL").unwrap())
         .await
@@ -254,7 +265,7 @@ async fn a_node_with_a_kubelet_runs_kari_as_pods_and_comes_back_after_a_power_cu
     node.power_off().await.unwrap();
     node.power_on().await.unwrap();
     // The Pod says that it is ready from before, until its kubelet is back.
-    let restarted = "--for=jsonpath={.status.containerStatuses[0].restartCount}=1";
+    let restarted = "--for=jsonpath={.status.containerStatuses[0].restartCount}=2";
     for condition in [restarted, "--for=condition=Ready"] {
         let wait = [
             "wait",

@@ -68,7 +68,7 @@ pub async fn control_plane() -> &'static Testbed {
     .await
 }
 
-/// Where this variable is set, nodes have a kubelet and Kari's parts are Pods, for tests that kill none of them.
+/// Where this variable is set, nodes have a kubelet and Kari's parts are Pods.
 const KUBELET: &str = "KARI_TESTBED_KUBELET";
 
 /// Whether Kari's parts are Pods, with a view of their own of the node's processes.
@@ -273,6 +273,22 @@ impl Space {
     pub async fn get(&self, node: &str, host: &str) -> Result<(u16, String), String> {
         let lab = Lab(self.testbed);
         traffic::get_once(&lab, self.proxy(node), host, "/").await
+    }
+
+    /// What `kari agent` with these words prints where a node's agent runs.
+    pub async fn agent(&self, node: &str, words: &[&str]) -> Result<String, testbed::Error> {
+        if !kari_is_in_pods() {
+            let node = self.testbed.node(node)?;
+            let words = [&["/opt/kari/kari", "agent"], words].concat();
+            return node.output(words).await;
+        }
+        let on_node = format!("--field-selector=spec.nodeName={node}");
+        let agents = "--selector=app.kubernetes.io/component=agent";
+        let system = "--namespace=kari-system";
+        let get = ["get", "pods", system, agents, &on_node, "--output=name"];
+        let pod = self.testbed.kubectl(get).await?;
+        let exec = ["exec", system, &pod, "--", "kari", "agent"];
+        self.testbed.kubectl([&exec[..], words].concat()).await
     }
 
     /// The address of a node's proxy.

@@ -3,14 +3,17 @@
 use super::{LIMIT, Space, until};
 
 /// All of a node that an app might leave something in, a line for each thing; logs and the journal left out,
-/// and the folders that the node only shares with the machine.
+/// and the folders that the node only shares with the machine. Where it has a kubelet its Pods come and go: what is
+/// of them is left out.
 const SNAPSHOT: &str = r#"
-find /etc /var /opt /srv /run /tmp /dev \( -path /run/systemd/journal -o -path /var/log -o -path /run/log -o -path /var/lib/apt -o -path /var/cache -o -path "/var/tmp/kari-testbed-*" -o -path /var/lib/kari-testbed \) -prune -o -printf '%p %y %m %U:%G %l\n' 2>/dev/null | grep -v '/var/lib/kari/proxy/.*\.log'
+{
+find /etc /var /opt /srv /run /tmp /dev \( -path /run/systemd/journal -o -path /var/log -o -path /run/log -o -path /var/lib/apt -o -path /var/cache -o -path "/var/tmp/kari-*" -o -path /var/lib/kari-testbed \) -prune -o -printf '%p %y %m %U:%G %l\n' 2>/dev/null | grep -v '/var/lib/kari/proxy/.*\.log'
 systemctl list-units --all --plain --no-legend | awk '{print $1, $2, $3, $4}'
 getent passwd; getent group
 ss -Hlntux | awk '{print $1, $5}'
 awk '{print $5, $9}' /proc/self/mountinfo
 find /sys/fs/cgroup -type d
+} | grep -vE 'containerd|kube(let|pods|-proxy)|/cni'
 "#;
 
 /// What is on a node now.

@@ -81,6 +81,8 @@ pub enum Value {
     Mount(String, String),
     /// A path of the node and where it is in the jail.
     Bind(String, String),
+    /// The same, where the node has it.
+    BindIfThere(String, String),
     /// Files with variables.
     EnvironmentFile(String),
     /// Variables, unquoted. Over D-Bus only.
@@ -122,6 +124,7 @@ impl Setting {
                 .join(" "),
             Value::Mount(path, options) => format!("{path}:{options}"),
             Value::Bind(from, to) => format!("{from}:{to}"),
+            Value::BindIfThere(from, to) => format!("-{from}:{to}"),
             Value::EnvironmentFile(path) => path.clone(),
             Value::Environment(_) | Value::Command(..) => return None,
         };

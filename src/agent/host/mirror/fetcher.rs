@@ -19,6 +19,7 @@ use super::refs;
 use super::schedule::{Action, MirrorState, Schedule, Seen, Start, Unit};
 use super::step::{Hold, KNOWN_HOSTS, KNOWN_HOSTS_PATH, Paths, SCRIPT, fetch_step};
 use super::{MirrorKey, Want};
+use crate::agent::host::jail::{Setting, Value};
 use crate::agent::host::store::{self, Store, StoreError, write_durably};
 use crate::agent::host::systemd::{Systemd, SystemdError};
 use crate::agent::host::unit::{
@@ -342,11 +343,6 @@ impl Mirrors {
             holds,
             access.as_ref(),
         );
-        // Without it no host is known.
-        if Path::new(KNOWN_HOSTS).exists() {
-            let place = (PathBuf::from(KNOWN_HOSTS), KNOWN_HOSTS_PATH.to_owned());
-            step.read_only.push(place);
-        }
         info!(mirror = key.as_str(), url = %source, commits = holds.len(), "fetching");
         let mut upkeep = self.inner.upkeep.lock().await;
         if upkeep.as_ref() == Some(key) {
@@ -358,8 +354,15 @@ impl Mirrors {
             step.read_only
                 .push((credentials::folder(key), CREDENTIAL_PATH.to_owned()));
         }
+        let mut properties = step_properties(&step)?;
+        // Without it no host is known. Whether it is there is for the node's systemd to see: an agent that is a
+        // Pod has an /etc of its own.
+        properties.push(Setting::new(
+            "BindReadOnlyPaths",
+            Value::BindIfThere(KNOWN_HOSTS.to_owned(), KNOWN_HOSTS_PATH.to_owned()),
+        ));
         match systemd
-            .start_transient(&fetch_unit_name(key.as_str()), &step_properties(&step)?)
+            .start_transient(&fetch_unit_name(key.as_str()), &properties)
             .await
         {
             // Looked at in the next round.

@@ -6,7 +6,7 @@
 //! an agent that was killed left behind is found by it. Whoever starts a unit
 //! takes it away again; it goes with its service too (`PartOf=`).
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures::{StreamExt, stream};
 use tokio::process::Command;
@@ -72,11 +72,13 @@ async fn run_unit(
         command: program.to_owned(),
         message,
     };
+    let mut begin = SystemTime::now();
     let mut ended = systemd.run_transient(unit, settings, limit + GRACE).await;
     if matches!(ended, Err(SystemdError::UnitExists { .. })) {
         end(systemd, unit)
             .await
             .map_err(|error| not_run(error_chain(&error)))?;
+        begin = SystemTime::now();
         ended = systemd.run_transient(unit, settings, limit + GRACE).await;
     }
     let state = match ended {
@@ -94,7 +96,7 @@ async fn run_unit(
         ("timeout", _, _) => Err(ProbeError::ExecTimedOut {
             command,
             after: limit,
-            output: last_words(&state.invocation_id).await,
+            output: last_words(unit, begin).await,
         }),
         // systemd's own, before the command: a user or a namespace that cannot be made.
         (_, 1, status) if status >= 200 => Err(not_run(format!(
@@ -103,12 +105,12 @@ async fn run_unit(
         (_, 1, status) => Err(ProbeError::Exit {
             command,
             status,
-            output: last_words(&state.invocation_id).await,
+            output: last_words(unit, begin).await,
         }),
         (_, 2 | 3, signal) => Err(ProbeError::Signal {
             command,
             signal,
-            output: last_words(&state.invocation_id).await,
+            output: last_words(unit, begin).await,
         }),
         (result, _, _) => Err(not_run(format!("it ended as {result:?}"))),
     }
@@ -139,13 +141,21 @@ pub async fn sweep(systemd: &Systemd) -> Result<(), SystemdError> {
     Ok(())
 }
 
-/// What a run said last, for people; empty if it said nothing or the journal does not tell.
-async fn last_words(invocation: &str) -> String {
+/// What the run of a unit that began then said last, for people; empty if it said nothing or the journal does
+/// not tell. Not by the run's invocation: the journal reads that of the process, and one that ends at once has
+/// often gone by then.
+async fn last_words(unit: &str, begin: SystemTime) -> String {
+    let begin = begin.duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut command = Command::new("journalctl");
     command
         .args(["--no-pager", "--quiet", "--output=cat", "--lines=3"])
         // systemd's own lines about the unit have another field.
-        .arg(format!("_SYSTEMD_INVOCATION_ID={invocation}"))
+        .arg(format!("_SYSTEMD_UNIT={unit}"))
+        .arg(format!(
+            "--since=@{}.{:06}",
+            begin.as_secs(),
+            begin.subsec_micros()
+        ))
         .stdin(std::process::Stdio::null())
         .kill_on_drop(true);
     match timeout(JOURNAL_LIMIT, command.output()).await {

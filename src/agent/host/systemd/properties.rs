@@ -159,16 +159,8 @@ fn property_of(name: &str, value: &Value) -> (String, Variant<'static>) {
             named(Variant::from(networks))
         }
         Value::Mount(path, options) => named(Variant::from(vec![(path.clone(), options.clone())])),
-        Value::Bind(from, to) => {
-            /// `MS_REC`, mount(2): what is mounted below comes along, as a unit file has it by default.
-            const RECURSIVE: u64 = 16384;
-            named(Variant::from(vec![(
-                from.clone(),
-                to.clone(),
-                false,
-                RECURSIVE,
-            )]))
-        }
+        Value::Bind(from, to) => named(bind(from, to, false)),
+        Value::BindIfThere(from, to) => named(bind(from, to, true)),
         Value::EnvironmentFile(path) => {
             let missing_is_fine = false;
             (
@@ -205,4 +197,11 @@ fn capability_number(capability: Capability) -> u32 {
         Capability::CAP_IPC_LOCK => 14,
         Capability::CAP_SYS_NICE => 23,
     }
+}
+
+fn bind(from: &str, to: &str, missing_is_fine: bool) -> Variant<'static> {
+    /// `MS_REC`, mount(2): what is mounted below comes along, as a unit file has it by default.
+    const RECURSIVE: u64 = 16384;
+    let (from, to) = (from.to_owned(), to.to_owned());
+    Variant::from(vec![(from, to, missing_is_fine, RECURSIVE)])
 }

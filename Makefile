@@ -28,8 +28,9 @@ coverage: prerequisites ## which lines of the planners the unit tests reach, and
 check: check-rust check-dependencies check-scripts check-generated check-chart ## formatting, lints, licences, generated files, the chart; what CI runs before the tests
 
 .PHONY: check-long
-check-long: build ## what is too long for `make test`, or needs a package registry: third-party servers, 20 testbeds in a row, the image twice
+check-long: build ## what is too long for `make test`, or needs a package registry: third-party servers, two versions together, 20 testbeds in a row, the image twice
 	hack/third-party.sh
+	hack/skew.sh
 	hack/up-down.sh
 	hack/image-twice.sh
 

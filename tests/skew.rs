@@ -26,7 +26,7 @@ use tokio::sync::{Mutex, OnceCell};
 
 const NODE: &str = "n1";
 
-/// The agent is stopped, and files of the whole node are changed: one test at a time.
+/// The agent is stopped while files are changed: by one test at a time.
 static ALONE: Mutex<()> = Mutex::const_new(());
 
 /// What the next version's definitions have beside this one's: a field each in a Deployment, a Release, its
@@ -191,6 +191,7 @@ impl App {
     /// Changes the app's files on the node while no agent runs there: a program in Python that has each
     /// record's path as `path` and its content as `record`.
     async fn change_records(&self, space: &Space, program: &str) {
+        let _alone = ALONE.lock().await;
         let agent: Part = "agent/n1".parse().expect("a part");
         let kill = space.testbed.kill(agent, testbed::Signal::KILL);
         kill.await.unwrap_or_else(|e| panic!("{e}"));
@@ -226,7 +227,6 @@ for path in found + ["/var/lib/kari/node.key"]:
 
 #[tokio::test]
 async fn what_a_later_version_adds_to_objects_stays_and_harms_nothing() {
-    let _alone = ALONE.lock().await;
     let space = space("added").await;
     let shop = App::deployed(&space, "shop").await;
     let release = release_of("shop");
@@ -268,7 +268,6 @@ async fn what_a_later_version_adds_to_objects_stays_and_harms_nothing() {
 
 #[tokio::test]
 async fn records_that_a_later_agent_wrote_are_read_with_the_reason_that_it_gave() {
-    let _alone = ALONE.lock().await;
     let space = space("records").await;
     let mut shop = App::deployed(&space, "shop").await;
     shop.rolls_out(&space, "two").await;
@@ -316,7 +315,6 @@ fn record(space: &Space, name: &str) -> String {
 
 #[tokio::test]
 async fn a_record_that_cannot_be_read_is_said_on_its_release_and_holds_no_other_app_up() {
-    let _alone = ALONE.lock().await;
     let space = space("unread").await;
     let shop = App::deployed(&space, "shop").await;
     let ready = |r: &Release| {
@@ -381,7 +379,6 @@ async fn a_record_that_cannot_be_read_is_said_on_its_release_and_holds_no_other_
 
 #[tokio::test]
 async fn a_value_that_is_not_known_is_said_on_its_own_object_which_can_be_corrected_or_deleted() {
-    let _alone = ALONE.lock().await;
     let space = space("value").await;
     let (shop, blog) = (
         App::deployed(&space, "shop").await,

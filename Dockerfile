@@ -2,7 +2,10 @@
 #
 #   docker build --tag REPOSITORY:TAG .
 #
-# `make image` makes the same without either, by the same script.
+# `make image` makes the same without either: the files by the same script, and what
+# the last stage says beside them is read from here, one ENV or LABEL a line. Its
+# digest is the same each time; that of a builder is, too, where times are kept out:
+# BuildKit does with --build-arg SOURCE_DATE_EPOCH=0 and rewrite-timestamp=true.
 ARG RUST_VERSION=1.95
 
 FROM rust:${RUST_VERSION}-bookworm AS build
@@ -11,8 +14,7 @@ RUN apt-get update \
       binutils ca-certificates git libnss-systemd openssh-client python3 systemd
 WORKDIR /src
 COPY . .
-RUN cargo build --release --locked --bin kari
-RUN hack/image-root.sh /image target/release/kari
+RUN hack/image-root.sh /image
 
 # Nothing but the program, what it calls, and their libraries: no package manager,
 # and no shell tools beyond sh.
@@ -20,5 +22,6 @@ FROM scratch
 COPY --from=build /image /
 ENV PATH=/usr/local/bin:/usr/bin:/bin
 ENTRYPOINT ["/usr/bin/kari"]
-LABEL org.opencontainers.image.title=kari \
-      org.opencontainers.image.licenses=Apache-2.0
+LABEL org.opencontainers.image.title=kari
+LABEL org.opencontainers.image.version=0.1.0
+LABEL org.opencontainers.image.licenses=Apache-2.0

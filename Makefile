@@ -33,9 +33,10 @@ tests_in_pods = deploy failure references removal rollout routes
 more_tests_in_pods = crash git_servers many nodes probes secrets switch
 
 .PHONY: check-long
-check-long: build ## what is too long for `make test`, or needs a package registry: more tests in Pods, third-party servers, 20 testbeds in a row, the image twice
+check-long: build ## what is too long for `make test`, or needs a package registry: more tests in Pods, third-party servers, two versions together, 20 testbeds in a row, the image twice
 	KARI_TESTBED_KUBELET=1 cargo test --workspace --locked --no-fail-fast $(addprefix --test ,$(more_tests_in_pods))
 	hack/third-party.sh
+	hack/skew.sh
 	hack/up-down.sh
 	hack/image-twice.sh
 

@@ -25,6 +25,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True, help="the image's name with its tag")
     parser.add_argument("--entrypoint", required=True, help="the program that it runs")
+    parser.add_argument("--environment", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--label", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("root", help="the folder that becomes the image's root")
     parser.add_argument("archive", help="the file to write")
@@ -38,7 +39,7 @@ def main():
             "os": "linux",
             "config": {
                 "Entrypoint": [arguments.entrypoint],
-                "Env": ["PATH=/usr/local/bin:/usr/bin:/bin"],
+                "Env": arguments.environment,
                 "Labels": labels,
             },
             "rootfs": {"type": "layers", "diff_ids": [digest(layer)]},

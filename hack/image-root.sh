@@ -3,7 +3,7 @@
 # Debian packages of this machine what it calls, with the libraries of each.
 # Used on a machine (image.sh) and in the Dockerfile, so that both make the same.
 #
-#   image-root.sh FOLDER KARI_PROGRAM
+#   image-root.sh FOLDER [KARI_PROGRAM]      without a program, it builds one for release
 set -euo pipefail
 
 # What calls it, and for what:
@@ -24,7 +24,8 @@ readonly user=65532
 
 main() {
     root=$1
-    local kari=$2 path
+    local kari path
+    kari=${2:-$(build)}
     mkdir "$root"
     sources=$(mktemp)
     trap 'rm -f "$sources"' EXIT
@@ -45,6 +46,17 @@ main() {
     done
     for path in "${files[@]}"; do copy "$path"; done
     "$(dirname "$0")/image-sbom.py" "$root" <"$sources"
+}
+
+# Builds the program and prints where it is. Without the paths of this machine in
+# it, that of another folder is the same.
+build() {
+    local source cargo_home=${CARGO_HOME:-$HOME/.cargo} target
+    source=$(cd "$(dirname "$0")/.." && pwd)
+    target=$(realpath --canonicalize-missing "${CARGO_TARGET_DIR:-$source/target}")
+    export RUSTFLAGS="--remap-path-prefix=$source=/src --remap-path-prefix=$target=/src/target --remap-path-prefix=$cargo_home=/cargo"
+    cargo build --release --locked --bin kari --manifest-path "$source/Cargo.toml" >&2
+    echo "$target/release/kari"
 }
 
 # The folders that every system has, and whom there is.

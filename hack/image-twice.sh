@@ -7,9 +7,10 @@ cd "$(dirname "$0")/.."
 folder=$(mktemp -d /var/tmp/kari-image.XXXXXX)
 trap 'rm -rf "$folder"' EXIT
 
+commit=$(git rev-parse HEAD) # a commit may be added meanwhile
 for copy in first second; do
     mkdir "$folder/$copy"
-    git archive HEAD | tar -x -C "$folder/$copy"
+    git archive "$commit" | tar -x -C "$folder/$copy"
     (unset CARGO_TARGET_DIR && "$folder/$copy/hack/image.sh" "$folder/$copy.tar")
 done
 sha256sum "$folder"/*.tar

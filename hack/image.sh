@@ -11,25 +11,21 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
 main() {
-    local archive version program
+    local archive name version options
     archive=$(realpath "$1")
     version=$(sed -n '/^\[workspace.package\]/,/^\[/s/^version = "\(.*\)"/\1/p' Cargo.toml)
-    program=${3:-$(build)}
-    hack/image-root.sh "$folder/root" "$program"
-    hack/image-archive.py --name "${2:-localhost/kari:$version}" --entrypoint /usr/bin/kari \
-        --label org.opencontainers.image.title=kari \
-        --label "org.opencontainers.image.version=$version" \
-        --label org.opencontainers.image.licenses=Apache-2.0 \
-        "$folder/root" "$archive"
+    name=${2:-localhost/kari:$version}
+    hack/image-root.sh "$folder/root" "${@:3:1}"
+    mapfile -t options < <(configuration)
+    hack/image-archive.py --name "$name" "${options[@]}" "$folder/root" "$archive"
 }
 
-# Builds the program and prints where it is. Without the paths of this machine in
-# it, that of another folder is the same.
-build() {
-    local cargo_home=${CARGO_HOME:-$HOME/.cargo}
-    RUSTFLAGS="--remap-path-prefix=$PWD=/src --remap-path-prefix=$cargo_home=/cargo" \
-        cargo build --release --locked --bin kari >&2
-    echo "${CARGO_TARGET_DIR:-$PWD/target}/release/kari"
+# What the Dockerfile says of the image beside its files, as options of image-archive.py.
+configuration() {
+    sed -n \
+        -e 's/^ENV /--environment=/p' \
+        -e 's/^LABEL /--label=/p' \
+        -e 's/^ENTRYPOINT \["\(.*\)"\]$/--entrypoint=\1/p' Dockerfile
 }
 
 main "$@"

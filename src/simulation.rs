@@ -441,7 +441,7 @@ impl Cluster {
             let Some(stored) = self.stored.get(&n) else {
                 continue;
             };
-            let object = stored.object().0.unwrap();
+            let object = stored.object().0.unwrap().into();
             if release::decide(&object, exists, node.reach) == Some(release::Step::DropFinalizer) {
                 self.stored.remove(&n);
             }

@@ -94,11 +94,17 @@ fn helm_lint_has_nothing_to_say_against_it() {
 }
 
 #[test]
-fn its_version_is_the_programs() {
+fn its_version_and_the_images_are_the_programs() {
     let text = include_str!("../charts/kari/Chart.yaml");
     let meta: Value = serde_saphyr::from_str(text).expect("YAML");
     assert_eq!(meta["version"], env!("CARGO_PKG_VERSION"));
     assert_eq!(meta["appVersion"], env!("CARGO_PKG_VERSION"));
+    let label = concat!(
+        "LABEL org.opencontainers.image.version=",
+        env!("CARGO_PKG_VERSION")
+    );
+    let image = include_str!("../Dockerfile");
+    assert!(image.lines().any(|line| line == label), "{image}");
 }
 
 #[test]

@@ -658,13 +658,20 @@ impl Apply<'_> {
         })
     }
 
-    /// The ports that any app of the node has on record.
+    /// The ports that any app of the node has on record. A record that cannot be read holds nobody else up:
+    /// a port that its app listens on is not free all the same.
     fn held_ports(&self) -> Result<BTreeSet<u16>, StepError> {
         let mut held = BTreeSet::new();
         for app in self.node.store.apps()? {
             let folder = self.node.store.app(&app);
-            let applied = folder.read_applied()?.and_then(|applied| applied.release);
-            let attempt = folder.read_attempt()?;
+            let (applied, attempt) = match (folder.read_applied(), folder.read_attempt()) {
+                (Ok(applied), Ok(attempt)) => (applied, attempt),
+                (Err(error), _) | (_, Err(error)) => {
+                    tracing::warn!(%app, %error, "the ports of an app are not known");
+                    continue;
+                }
+            };
+            let applied = applied.and_then(|applied| applied.release);
             held.extend(
                 applied
                     .iter()

@@ -45,12 +45,23 @@ pub struct Memory {
     pub written: Option<Written>,
     /// The status to be written, and whether it tells of an end.
     pub report: Option<(ReleaseStatus, bool)>,
+    /// Why the app cannot be looked at, where only another version of the agent, or a person, can mend that.
+    pub unread: Option<Unread>,
     /// When what nothing refers to was last looked for.
     pub collected: Option<Duration>,
     /// What is taken out of texts, and what it was made of.
     pub masks: Option<(Vec<String>, Arc<Masks>)>,
     /// What was drift at the last look that had any, and when that was.
     pub drift: Option<(String, Duration)>,
+}
+
+/// An app whose records cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unread {
+    /// Why, and what to do.
+    pub message: String,
+    /// The Release that it was said on, by uid and generation.
+    pub said: Option<(String, i64)>,
 }
 
 /// A status that was written.

@@ -5,20 +5,24 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use kube::api::{Patch, PatchParams};
+use kube::core::DeserializeGuard;
 use kube::{Api, Resource};
 
 use super::apply::{Halt, StepError, apply};
 use super::collect::collect;
 use super::host::proxy::DRAIN_LIMIT;
 use super::host::store::StoreError;
-use super::memory::Written;
+use super::memory::{Unread, Written};
 use super::node::{Node, lock, monotonic};
 use super::observe::{ObserveError, observe};
 use super::plan::{Plan, Progress, plan};
 use super::status::{is_terminal, status};
 use super::view::Observed;
+use crate::api::conditions::{READY, Statement, conditions};
 use crate::api::names::{AppName, release_name};
+use crate::api::reasons::Reason;
 use crate::api::{GROUP, Release, ReleaseStatus, VERSION};
 use crate::runtime::error_chain;
 use crate::runtime::supervise::{Action, ReconcileError, Retry};
@@ -40,6 +44,9 @@ const WRITE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The owner of what an agent writes, to the API server.
 const FIELD_MANAGER: &str = "kari-agent";
+
+/// The owner of the one condition that says that an app cannot be looked at.
+const UNREAD_FIELD_MANAGER: &str = "kari-agent-unread";
 
 /// Why a run ended early.
 #[derive(Debug, thiserror::Error)]
@@ -82,9 +89,11 @@ pub async fn reconcile(
             Err(error) => {
                 // Who cannot be looked at holds no place in front of others.
                 node.withdraw(&app);
+                note_unread(&node, &reports, &app, &error);
                 return Err(error.into());
             }
         };
+        lock(&node.memory(&app)).unread = None;
         let plan = plan(&observed);
         note_drift(&node, &observed, &plan);
         // What is being put right this very moment is told when that is done, or cannot be.
@@ -200,6 +209,36 @@ fn note_drift(node: &Node, observed: &Observed, plan: &Plan) {
         .filter(|(_, since)| observed.now < *since + DRIFT_TOLD);
 }
 
+/// Has it said on the Release that the app's records cannot be read: until somebody mends that, nothing
+/// else is said there. What may pass by itself is told by the log and the metrics alone.
+fn note_unread(
+    node: &Node,
+    reports: &crate::runtime::supervise::Trigger<AppName>,
+    app: &AppName,
+    error: &ObserveError,
+) {
+    let ObserveError::Store(error @ StoreError::Record { .. }) = error else {
+        return;
+    };
+    let message = format!(
+        "what runs goes on, and nothing of it is changed, healed or removed until its record can be read, by the version of Kari that wrote it or when the file is mended: {error}"
+    );
+    let memory = node.memory(app);
+    let mut memory = lock(&memory);
+    if memory
+        .unread
+        .as_ref()
+        .is_none_or(|unread| unread.message != message)
+    {
+        let said = None;
+        memory.unread = Some(Unread { message, said });
+    }
+    // What was told before is told anew when the app can be read again.
+    memory.report = None;
+    memory.written = None;
+    reports.wake(app.clone());
+}
+
 /// Has the status written, if there is a Release to write it to.
 fn report(
     node: &Node,
@@ -263,6 +302,10 @@ pub async fn write_report(node: Arc<Node>, app: AppName) -> Result<Action, Repor
     let Some(release) = node.release(&app) else {
         return Ok(Action::Done);
     };
+    let unread = lock(&memory).unread.clone();
+    if let Some(unread) = unread {
+        return say_unread(&node, &app, &release, unread).await;
+    }
     let (told, written, terminal) = {
         let memory = lock(&memory);
         let Some((told, terminal)) = memory.report.clone() else {
@@ -300,7 +343,7 @@ pub async fn write_report(node: Arc<Node>, app: AppName) -> Result<Action, Repor
         "metadata": {"name": name, "uid": uid},
         "status": told,
     });
-    let api: Api<Release> = Api::namespaced(node.client.clone(), app.namespace());
+    let api = writable(&node, &app);
     let parameters = PatchParams::apply(FIELD_MANAGER).force();
     match api
         .patch_status(&name, &parameters, &Patch::Apply(&body))
@@ -318,6 +361,65 @@ pub async fn write_report(node: Arc<Node>, app: AppName) -> Result<Action, Repor
         Err(kube::Error::Api(status)) if status.is_not_found() => Ok(Action::Done),
         Err(error) => Err(ReportError(Box::new(error))),
     }
+}
+
+/// Says on the Release why the app is left alone. Of the status only the one condition is written, by a
+/// field manager of its own, so that all else stays as it was said when the app could be read.
+async fn say_unread(
+    node: &Node,
+    app: &AppName,
+    release: &DeserializeGuard<Release>,
+    unread: Unread,
+) -> Result<Action, ReportError> {
+    let uid = release.meta().uid.clone().unwrap_or_default();
+    let generation = release.meta().generation.unwrap_or_default();
+    let said = Some((uid.clone(), generation));
+    if unread.said == said {
+        return Ok(Action::Done);
+    }
+    let statement = Statement {
+        kind: READY,
+        status: Some(false),
+        reason: Reason::InvalidSpec,
+        message: unread.message.clone(),
+    };
+    let status = release.0.as_ref().ok().and_then(|r| r.status.as_ref());
+    let before = status.map(|status| status.conditions.clone());
+    let conditions = conditions(
+        &[statement],
+        generation,
+        &before.unwrap_or_default(),
+        Timestamp::now(),
+    );
+    let name = release_name(app.name(), &node.name);
+    let body = serde_json::json!({
+        "apiVersion": format!("{GROUP}/{VERSION}"),
+        "kind": "Release",
+        "metadata": {"name": name, "uid": uid},
+        "status": {"conditions": conditions},
+    });
+    let parameters = PatchParams::apply(UNREAD_FIELD_MANAGER).force();
+    match writable(node, app)
+        .patch_status(&name, &parameters, &Patch::Apply(&body))
+        .await
+    {
+        Ok(_) => {
+            let memory = node.memory(app);
+            if let Some(now) = &mut lock(&memory).unread
+                && now.message == unread.message
+            {
+                now.said = said;
+            }
+            Ok(Action::Done)
+        }
+        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(Action::Done),
+        Err(error) => Err(ReportError(Box::new(error))),
+    }
+}
+
+/// Where statuses are written. The answer is the whole object, which this version may not be able to read.
+fn writable(node: &Node, app: &AppName) -> Api<DeserializeGuard<Release>> {
+    Api::namespaced(node.client.clone(), app.namespace())
 }
 
 /// What of a status is the agent's.

@@ -33,20 +33,32 @@ macro_rules! reasons {
     ($($(#[$doc:meta])* $name:ident => $class:ident,)*) => {
         /// A reason, as conditions, events and metrics spell it.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-        pub enum Reason { $($(#[$doc])* $name,)* }
+        pub enum Reason {
+            $($(#[$doc])* $name,)*
+            /// What another version of Kari gave as the reason, and this one does not know. Read, and never
+            /// given by this version for anything of its own.
+            #[serde(other)]
+            Unknown,
+        }
 
         impl Reason {
-            /// Every reason, in the order of the table.
+            /// Every reason that this version gives, in the order of the table.
             pub const ALL: &'static [Reason] = &[$(Reason::$name,)*];
 
             /// The reason's name.
             pub const fn as_str(self) -> &'static str {
-                match self { $(Reason::$name => stringify!($name),)* }
+                match self {
+                    $(Reason::$name => stringify!($name),)*
+                    Reason::Unknown => "Unknown",
+                }
             }
 
-            /// What follows from it.
+            /// What follows from it. From one that is not known: what does least, which is not to try again.
             pub const fn class(self) -> Class {
-                match self { $(Reason::$name => Class::$class,)* }
+                match self {
+                    $(Reason::$name => Class::$class,)*
+                    Reason::Unknown => Class::Revision,
+                }
             }
         }
     };

@@ -76,6 +76,15 @@ pub enum Found {
     Observed(Box<Observed>),
 }
 
+/// Why a Release of a Deployment cannot have its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Taken {
+    /// It is that of an earlier Deployment, or of nobody.
+    ByAnother,
+    /// What has it cannot be read.
+    Unreadable,
+}
+
 /// What no cache says.
 #[derive(Debug, Default)]
 pub struct Memory {
@@ -278,6 +287,7 @@ impl Caches {
         memory: &mut Memory,
     ) -> Vec<ObservedNode> {
         let (mut releases, taken) = self.releases_of(key, deployment, memory);
+        let taken = |node: &NodeName| taken.get(&release_name(&deployment.name, node)).copied();
         let revision = deployment.status.revision.as_deref();
         let mut nodes: Vec<ObservedNode> = Vec::new();
         for node in self.nodes.state() {
@@ -295,7 +305,8 @@ impl Caches {
                 reach: self.reach(&name),
                 key: self.leases().key(&name).cloned(),
                 release: releases.remove(&name),
-                name_taken: taken.contains(&release_name(&deployment.name, &name)),
+                name_taken: taken(&name).is_some(),
+                unreadable: taken(&name) == Some(Taken::Unreadable),
                 gave_back: memory.gave_back(key, revision, &name),
                 name,
             });
@@ -307,6 +318,7 @@ impl Caches {
                 key: self.leases().key(&name).cloned(),
                 release: Some(release),
                 name_taken: false,
+                unreadable: false,
                 gave_back: false,
                 name,
             });
@@ -315,15 +327,15 @@ impl Caches {
         nodes
     }
 
-    /// The Deployment's Releases by node, and the names that others hold.
+    /// The Deployment's Releases by node, and the names that are taken.
     fn releases_of(
         &self,
         key: &Key,
         deployment: &ObservedDeployment,
         memory: &mut Memory,
-    ) -> (BTreeMap<NodeName, ObservedRelease>, BTreeSet<String>) {
+    ) -> (BTreeMap<NodeName, ObservedRelease>, BTreeMap<String, Taken>) {
         let mut releases = BTreeMap::new();
-        let mut taken = BTreeSet::new();
+        let mut taken = BTreeMap::new();
         let prefix = format!("{}-", key.name);
         for object in self.releases.state() {
             let meta = object.meta();
@@ -339,14 +351,18 @@ impl Caches {
             let ours = owner.is_none_or(|owner| owner.uid == deployment.uid);
             let release = match &object.0 {
                 Ok(release) if release.spec.deployment == key.name && ours => release,
-                Ok(_) | Err(_) => {
-                    taken.insert(name);
+                Ok(_) => {
+                    taken.insert(name, Taken::ByAnother);
+                    continue;
+                }
+                Err(_) => {
+                    taken.insert(name, Taken::Unreadable);
                     continue;
                 }
             };
             let node = NodeName::new(release.spec.node_name.clone());
             if name != release_name(&key.name, &node) {
-                taken.insert(name);
+                taken.insert(name, Taken::ByAnother);
                 continue;
             }
             let mut observed = ObservedRelease {

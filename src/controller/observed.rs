@@ -101,6 +101,8 @@ pub struct ObservedNode {
     pub release: Option<ObservedRelease>,
     /// The Release's name is taken by an object that cannot be read or is not this Deployment's.
     pub name_taken: bool,
+    /// What has the Release's name cannot be read by this version, so nothing of it is changed.
+    pub unreadable: bool,
     /// It has given its slot back for the revision that is wanted now, and is tried last.
     pub gave_back: bool,
 }

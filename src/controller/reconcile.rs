@@ -305,12 +305,11 @@ pub fn events(before: &DeploymentStatus, after: &DeploymentStatus) -> Vec<Event>
 
 fn is_bad(reason: &str) -> bool {
     use crate::api::reasons::Class;
-    reason
-        .parse::<Reason>()
-        .is_ok_and(|reason| match reason.class() {
-            Class::Revision | Class::Environment | Class::Node | Class::Invalid => true,
-            Class::Progress => reason == Reason::ProgressDeadlineExceeded,
-        })
+    let reason = reason.parse().unwrap_or(Reason::Unknown);
+    match reason.class() {
+        Class::Revision | Class::Environment | Class::Node | Class::Invalid => true,
+        Class::Progress => reason == Reason::ProgressDeadlineExceeded,
+    }
 }
 
 fn settle(outcome: Result<Action, Refused>) -> Result<Action, ReconcileFailure> {

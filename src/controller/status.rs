@@ -235,7 +235,7 @@ fn verdict(facts: &Facts<'_>) -> Verdict {
     }) = facts.blocked
     {
         return stalled(
-            reason.parse().unwrap_or(Reason::StartFailed),
+            reason.parse().unwrap_or(Reason::Unknown),
             format!(
                 "{revision} failed on {node} ({reason}): {}{}. No further node is started, and nodes keep what they serve; push a fix, change the spec, or set the annotation kari.dev/retry to a new value",
                 message.trim_end_matches('.'),
@@ -407,16 +407,25 @@ fn rolling(facts: &Facts<'_>, served: &str) -> Verdict {
 
 /// Nodes on which what was there before has to be taken away first.
 fn in_the_way(facts: &Facts<'_>) -> String {
-    let names: Vec<_> = facts
-        .participants()
-        .filter(|node| node.name_taken || node.release.as_ref().is_some_and(|r| r.deleting))
-        .map(|node| node.name.to_string())
-        .collect();
-    if names.is_empty() {
-        String::new()
-    } else {
-        format!("; on {} an earlier Release has yet to go", listed(&names))
+    let (mut going, mut unreadable) = (Vec::new(), Vec::new());
+    for node in facts.participants() {
+        if node.unreadable {
+            unreadable.push(node.name.to_string());
+        } else if node.name_taken || node.release.as_ref().is_some_and(|r| r.deleting) {
+            going.push(node.name.to_string());
+        }
     }
+    let mut text = String::new();
+    if !going.is_empty() {
+        text += &format!("; on {} an earlier Release has yet to go", listed(&going));
+    }
+    if !unreadable.is_empty() {
+        text += &format!(
+            "; this version of Kari cannot read the Release on {}, and changes nothing there: upgrade Kari again, or delete that Release, which takes the app off the node, keeps its state and installs it anew",
+            listed(&unreadable)
+        );
+    }
+    text
 }
 
 /// Nodes that cannot be given what is secret.
@@ -441,7 +450,7 @@ fn degraded(facts: &Facts<'_>, served: &str) -> Verdict {
     });
     let (reason, message) = match broken {
         Some((node, condition)) => (
-            condition.reason.parse().unwrap_or(Reason::StartFailed),
+            condition.reason.parse().unwrap_or(Reason::Unknown),
             format!("{served}; {}: {}", node.name, condition.message),
         ),
         None => (Reason::Progressing, served.to_owned()),

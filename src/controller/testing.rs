@@ -453,6 +453,7 @@ pub fn node(name: &str) -> ObservedNode {
         key: None,
         release: None,
         name_taken: false,
+        unreadable: false,
         gave_back: false,
     }
 }

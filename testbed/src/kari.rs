@@ -192,7 +192,7 @@ pub fn start_controller(directory: &Directory, description: &Description) -> Res
     command
         .args(["--mount", "--", "sh", "-euc", OWN_TRUST, "controller"])
         .arg(directory.join("controller"))
-        .arg(program::kari()?)
+        .arg(program::controller()?)
         .arg("controller")
         .arg(format!("--namespace={NAMESPACE}"))
         .arg(format!("--listen={}", description.addresses.controller))

@@ -99,7 +99,7 @@ async fn start_parts(
         let plane = plane.clone();
         move || kari::chart(&plane)
     });
-    let kari_program = program::kari()?;
+    let kari_program = program::agent()?;
     for name in description.node_names() {
         let binds = vec![(kari_program.clone(), node::KARI_PROGRAM.into())];
         node::create(directory, name, &toolchains, binds)?;

@@ -96,6 +96,16 @@ pub fn kari() -> Result<PathBuf> {
     find("kari", "KARI_BIN")
 }
 
+/// The program of the controller: `$KARI_CONTROLLER_BIN`, for one of another version than the rest, else [`kari`].
+pub fn controller() -> Result<PathBuf> {
+    named("KARI_CONTROLLER_BIN").unwrap_or_else(kari)
+}
+
+/// The program of the agents, likewise: `$KARI_AGENT_BIN`, else [`kari`].
+pub fn agent() -> Result<PathBuf> {
+    named("KARI_AGENT_BIN").unwrap_or_else(kari)
+}
+
 /// The `testbed` program, for the processes that a testbed needs of its own:
 /// `$TESTBED_BIN`, or beside or above the running program.
 pub fn testbed() -> Result<PathBuf> {
@@ -103,16 +113,8 @@ pub fn testbed() -> Result<PathBuf> {
 }
 
 fn find(name: &str, variable: &str) -> Result<PathBuf> {
-    if let Some(path) = std::env::var_os(variable).filter(|path| !path.is_empty()) {
-        let path = PathBuf::from(path);
-        return if path.is_file() {
-            Ok(path)
-        } else {
-            Err(Error::Missing(format!(
-                "{variable} is {}, but there is no such file",
-                path.display()
-            )))
-        };
+    if let Some(path) = named(variable) {
+        return path;
     }
     let running = std::env::current_exe().context(|| "find the running program".to_owned())?;
     // Tests run from target/debug/deps, one folder below.
@@ -128,6 +130,19 @@ fn find(name: &str, variable: &str) -> Result<PathBuf> {
                 running.display()
             ))
         })
+}
+
+/// The program that an environment variable names, if it is set.
+fn named(variable: &str) -> Option<Result<PathBuf>> {
+    let path = PathBuf::from(std::env::var_os(variable).filter(|path| !path.is_empty())?);
+    Some(if path.is_file() {
+        Ok(path)
+    } else {
+        Err(Error::Missing(format!(
+            "{variable} is {}, but there is no such file",
+            path.display()
+        )))
+    })
 }
 
 fn cache_folder() -> Result<PathBuf> {

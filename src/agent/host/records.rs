@@ -461,6 +461,24 @@ mod tests {
     }
 
     #[test]
+    fn a_failure_for_a_reason_of_a_later_version_is_read_and_is_not_tried_again() {
+        let mut json = attempt();
+        json["outcome"] = serde_json::json!({
+            "kind": "failed",
+            "at": Timestamp::UNIX_EPOCH,
+            "failure": {"reason": "Later", "message": "what happened", "later": 1},
+            "undone": true,
+        });
+        let record: AttemptRecord = parse(&text(&json)).unwrap();
+        let Some(Outcome::Failed { failure, .. }) = record.outcome else {
+            panic!("{:?}", record.outcome);
+        };
+        assert_eq!(failure.reason, Reason::Unknown);
+        assert_eq!(failure.reason.class(), crate::api::reasons::Class::Revision);
+        assert_eq!(failure.message, "what happened");
+    }
+
+    #[test]
     fn a_record_that_is_not_this_agents_is_an_error_that_says_why() {
         let mut other_version = attempt();
         other_version["version"] = serde_json::json!(2);

@@ -22,7 +22,8 @@
 //! - cordoned: `a_cordoned_node_is_left_out_and_comes_back_by_itself`; unreachable:
 //!   `an_idle_unreachable_node_is_left_out_and_not_written`; not yet heard of:
 //!   `a_new_controller_gives_work_only_to_nodes_that_it_has_heard_of`; an earlier Release still there:
-//!   `a_node_whose_old_release_is_still_being_removed_is_named`
+//!   `a_node_whose_old_release_is_still_being_removed_is_named`; one that cannot be read:
+//!   `a_node_whose_release_cannot_be_read_is_named_and_the_others_go_on`
 //!
 //! Supersede
 //! - at once in mid-change: `a_newer_revision_goes_at_once_to_every_node_in_mid_change`, cordoned too:
@@ -194,6 +195,21 @@ fn a_node_whose_old_release_is_still_being_removed_is_named() {
 }
 
 #[test]
+fn a_node_whose_release_cannot_be_read_is_named_and_the_others_go_on() {
+    let mut world = World::new(2);
+    let node = world.node("n1");
+    (node.name_taken, node.unreadable) = (true, true);
+    world.reconcile();
+    assert_eq!(world.told(), ["-", "a"]);
+    let (_, message) = world.ready();
+    assert!(
+        message.contains("this version of Kari cannot read the Release on n1")
+            && !message.contains("an earlier Release"),
+        "{message}"
+    );
+}
+
+#[test]
 fn a_newer_revision_goes_at_once_to_every_node_in_mid_change() {
     let mut world = World::deployed(3);
     world.push('b');
@@ -282,6 +298,38 @@ fn a_failed_node_blocks_the_revision_and_no_further_node_is_started() {
     world.reconcile();
     assert_eq!(world.told(), ["c", "c", "c"], "b is still blocked");
     assert_eq!(world.stalled().0, "True/BuildFailed");
+}
+
+#[test]
+fn what_a_later_agent_says_follows_from_its_class_and_an_unknown_class_blocks_nothing() {
+    let fails = |class: &str| {
+        let mut world = World::deployed(2);
+        world.push('b');
+        world.reconcile();
+        world.agent_fails("n1", Reason::BuildFailed);
+        let attempt = world.release("n1").status.attempt.as_mut();
+        let failure = attempt.and_then(|attempt| attempt.failure.as_mut());
+        let failure = failure.expect("a failure");
+        (failure.class, failure.reason) = (class.to_owned(), "LaterReason".to_owned());
+        world.reconcile();
+        world
+    };
+    let revision = fails("Revision");
+    assert_eq!(revision.stalled().0, "True/Unknown");
+    let said = revision.stalled().1;
+    assert!(
+        said.contains("failed on n1 (LaterReason): it broke"),
+        "{said}"
+    );
+    assert_eq!(revision.status().blocked_revisions.len(), 1);
+    let later = fails("LaterClass");
+    assert_eq!(later.stalled().0.split('/').next(), Some("False"));
+    assert_eq!(later.status().blocked_revisions, []);
+    assert!(
+        later.ready().1.contains("n1: LaterReason: it broke"),
+        "{later:?}",
+        later = later.ready()
+    );
 }
 
 #[test]

@@ -40,6 +40,12 @@ const DISK_RESERVE_MIB: u32 = 512;
 /// How long an installation by the chart may take: it needs 10 s.
 const INSTALL_LIMIT: Duration = Duration::from_secs(120);
 
+/// Arguments of agents for which the chart has a value.
+const VALUES: [(&str, &str); 2] = [
+    ("--build-slots=", "buildSlots"),
+    ("--fetch-slots=", "fetchSlots"),
+];
+
 /// How long `nsenter` may take to have its child.
 const FORK_LIMIT: Duration = Duration::from_secs(5);
 
@@ -106,9 +112,21 @@ pub async fn apply_chart(
             "httpsPort": description.addresses.https_port,
             "toolPath": tool_path(toolchains),
             "diskReserveMib": DISK_RESERVE_MIB,
-            "extraArguments": description.agent_arguments,
         },
     });
+    // The program takes no argument twice, and the chart gives these already.
+    let mut extra = Vec::new();
+    for argument in &description.agent_arguments {
+        let slots = VALUES.iter().find_map(|(begin, value)| {
+            let number: u32 = argument.strip_prefix(begin)?.parse().ok()?;
+            Some((value, number))
+        });
+        match slots {
+            Some((value, number)) => values["agent"][value] = json!(number),
+            None => extra.push(argument),
+        }
+    }
+    values["agent"]["extraArguments"] = json!(extra);
     add_trust(directory, &mut values).await?;
     let file = directory.join("values.json");
     write_file(&file, values.to_string().as_bytes())?;

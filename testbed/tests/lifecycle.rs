@@ -252,7 +252,7 @@ async fn a_node_with_a_kubelet_runs_kari_as_pods_and_comes_back_after_a_power_cu
     let logs = testbed.logs(agent_part).unwrap();
     assert_eq!(logs.matches("the agent is up").count(), 2, "{logs}");
     let logs = testbed.logs(Part::Controller).unwrap();
-    assert_eq!(logs.matches("this process leads").count(), 2, "{logs}");
+    assert_eq!(logs.matches("standing by").count(), 3, "{logs}");
 
     testbed
         .kill(Part::Dns, parse_signal("KILL").unwrap())

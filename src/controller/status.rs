@@ -102,6 +102,21 @@ impl Facts<'_> {
             && self.counts.available == self.counts.desired
     }
 
+    /// A new controller has yet to hear of nodes that are to serve it, too. It does not unsay what the one
+    /// before it said of this very spec and revision.
+    fn waits_for_word(&self) -> bool {
+        let deployment = &self.observed.deployment;
+        let said_ready = deployment.status.conditions.iter().any(|c| {
+            c.type_ == READY
+                && c.status == "True"
+                && c.observed_generation == Some(deployment.generation)
+        });
+        let same = self.wanted.map(|wanted| wanted.revision.as_str())
+            == deployment.status.revision.as_deref();
+        let mut nodes = self.observed.nodes.iter();
+        !(said_ready && same) && nodes.any(|node| not_heard_of(node) && !node.cordoned())
+    }
+
     /// Nodes have yet to commit the wanted revision, and are being brought to it.
     pub fn rolling(&self) -> bool {
         let Some(wanted) = self.wanted else {
@@ -211,6 +226,15 @@ fn verdict(facts: &Facts<'_>) -> Verdict {
             ),
         };
     }
+    if facts.all_serve() && facts.waits_for_word() {
+        return Verdict {
+            ready: false,
+            reconciling: true,
+            stalled: false,
+            reason: Reason::Progressing,
+            message: format!("{served}; {}", unheard_text(facts)),
+        };
+    }
     if facts.all_serve() {
         let later = lookup_failure(facts)
             .map(|failure| match facts.unresolved {
@@ -300,16 +324,22 @@ fn last_lines(text: &str) -> String {
     }
 }
 
-fn without_nodes(facts: &Facts<'_>) -> Verdict {
+fn unheard_text(facts: &Facts<'_>) -> String {
     let nodes = &facts.observed.nodes;
     let unheard = nodes.iter().filter(|n| not_heard_of(n)).count();
-    if unheard > 0 {
+    let matching = nodes.iter().filter(|n| n.matches()).count();
+    format!("waiting to hear from the agents of {unheard} of {matching} nodes")
+}
+
+fn without_nodes(facts: &Facts<'_>) -> Verdict {
+    let nodes = &facts.observed.nodes;
+    if nodes.iter().any(not_heard_of) {
         return Verdict {
             ready: false,
             reconciling: true,
             stalled: false,
             reason: Reason::Progressing,
-            message: format!("waiting to hear from the agents of {unheard} nodes"),
+            message: unheard_text(facts),
         };
     }
     if let Some(reason) = nodes.iter().find_map(left_out) {

@@ -21,7 +21,8 @@
 //! Left-out nodes
 //! - cordoned: `a_cordoned_node_is_left_out_and_comes_back_by_itself`; unreachable:
 //!   `an_idle_unreachable_node_is_left_out_and_not_written`; not yet heard of:
-//!   `a_new_controller_gives_work_only_to_nodes_that_it_has_heard_of`; an earlier Release still there:
+//!   `a_new_controller_gives_work_only_to_nodes_that_it_has_heard_of`,
+//!   `a_new_controller_calls_nothing_ready_while_it_has_not_heard_of_a_node`; an earlier Release still there:
 //!   `a_node_whose_old_release_is_still_being_removed_is_named`; one that cannot be read:
 //!   `a_node_whose_release_cannot_be_read_is_named_and_the_others_go_on`
 //!
@@ -758,6 +759,27 @@ fn a_new_controller_gives_work_only_to_nodes_that_it_has_heard_of() {
     world.node("n2").reach = Reach::Fresh;
     world.reconcile();
     assert_eq!(world.told(), ["-", "a"]);
+}
+
+#[test]
+fn a_new_controller_calls_nothing_ready_while_it_has_not_heard_of_a_node() {
+    let mut world = World::new(2);
+    world.node("n2").reach = Reach::Unknown;
+    world.roll_out();
+    assert_eq!(world.served(), ["a", "-"]);
+    let (ready, message) = world.ready();
+    assert_eq!(ready, "False/Progressing");
+    assert!(
+        message.contains("waiting to hear from the agents of 1 of 2 nodes"),
+        "{message}"
+    );
+    world.node("n2").reach = Reach::Stale;
+    world.reconcile();
+    assert_eq!(world.ready().0, "True/Deployed");
+    // It restarts: what was said stays.
+    world.node("n2").reach = Reach::Unknown;
+    world.reconcile();
+    assert_eq!(world.ready().0, "True/Deployed");
 }
 
 #[test]

@@ -8,6 +8,9 @@
 #   skew.sh [REF]      the earlier version; without one, the last release before HEAD
 #                      (a tag v*), or, before the first one, the commit before the
 #                      last that changed the API (src/api, crds)
+#
+# The earlier programs get the arguments that a testbed gives this version's, where a
+# chart has its own: one that lacks such an argument is too old to be tried so.
 set -euo pipefail
 
 # shellcheck source=hack/testbed-session.sh

@@ -6,8 +6,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Each program brings up a testbed of its own, of about 1 GiB of memory.
-readonly programs_at_once=${TEST_PROGRAMS_AT_ONCE:-3}
+# Each program brings up a testbed of its own, of about 1 GiB of memory, and waits for half of its time.
+readonly programs_at_once=${TEST_PROGRAMS_AT_ONCE:-5}
 # No program takes a quarter of it on an idle machine; beyond this one hangs.
 readonly longest_seconds=900
 
@@ -46,7 +46,7 @@ many what_hangs_for_ever_holds_its_own_slot_and_nothing_else
 switch blue_green_fails_no_request_and_recreate_only_while_the_app_stops_and_starts
 "
 # The programs that take longest: begun last, one of them would be alone at the end.
-readonly first="examples crash git_servers routes nodes secrets rollout probes failure switch many"
+readonly first="examples failure crash git_servers routes nodes probes rollout secrets switch many proxy"
 
 # A line for each run: whether it is to be alone, its package's folder, a name for it,
 # the program, its arguments. Those with a testbed take longer than the others, and

@@ -29,8 +29,8 @@ check: check-rust check-dependencies check-scripts check-generated check-chart #
 
 # The tests that run Kari, with its parts in Pods: as many as `make e2e` has time for, and the others.
 # CONTRIBUTING.md says which cannot run so.
-tests_in_pods = deploy failure references removal rollout routes
-more_tests_in_pods = crash git_servers many nodes probes secrets switch
+tests_in_pods = deploy failure references routes
+more_tests_in_pods = crash git_servers many nodes probes removal rollout secrets switch
 
 .PHONY: check-long
 check-long: build ## what is too long for `make test`, or needs a package registry: more tests in Pods, third-party servers, two versions together, 20 testbeds in a row, the image twice

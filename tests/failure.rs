@@ -262,7 +262,7 @@ async fn what_an_administrator_forbids_afterwards_goes_on_serving_and_gets_nothi
     };
 
     // Nobody asks for a look, and nobody writes the spec.
-    administrator_says(space, "restricted", "other.example.com").await;
+    administrator_says(space, "restricted", "forbidden.example.com").await;
     denied("kari.dev/sandbox").await;
     administrator_says(space, "baseline", "other.example.com").await;
     denied("may not route forbidden.example.com").await;

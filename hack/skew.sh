@@ -131,7 +131,12 @@ exchange_controller() {
 exchange_agents() {
     local node
     for node in "${nodes[@]}"; do testbed kill "agent/$node"; done
-    cat "$1" >"$agent"
+    # A thread of a program that has ended may hold the file for a moment.
+    local begin=$SECONDS
+    until { cat "$1" >"$agent"; } 2>/dev/null; do
+        ((SECONDS - begin < 10)) || { echo "skew.sh: an agent still runs" >&2; return 1; }
+        sleep 0.1
+    done
     for node in "${nodes[@]}"; do testbed start "agent/$node"; done
 }
 

@@ -17,8 +17,12 @@ demo: build ## a control plane and three nodes here, a deployment, a second comm
 	@hack/demo.sh
 
 .PHONY: test
-test: test-programs ## every test but those of `make e2e`, on a real control plane and real systemd nodes (as root)
+test: test-programs ## every test but those of `make examples` and `make e2e`, on a real control plane and real systemd nodes (as root)
 	@hack/test.sh
+
+.PHONY: examples
+examples: test-programs ## every example and every block of the cookbook, deployed (as root; needs package registries)
+	cargo test --workspace --locked --test examples
 
 .PHONY: coverage
 coverage: prerequisites ## which lines of the planners the unit tests reach, and which they do not

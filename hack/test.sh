@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs every test of the workspace but tests/e2e.rs, which `make e2e` runs: those that
-# compare times by themselves, then several test programs at a time, as each spends
-# much of its time waiting for nodes. `cargo test` runs one after the other, with the
-# same result. Ends with 1 when one fails, after all have run.
+# Runs every test of the workspace but tests/e2e.rs and tests/examples.rs, which `make e2e`
+# and `make examples` run: those that compare times by themselves, then several test
+# programs at a time, as each spends much of its time waiting for nodes. `cargo test` runs
+# one after the other, with the same result. Ends with 1 when one fails, after all have run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Each program brings up a testbed of its own, of about 1 GiB of memory, and waits for half of its time.
-readonly programs_at_once=${TEST_PROGRAMS_AT_ONCE:-5}
+# Each program brings up a testbed of its own, of about 1 GiB of memory, and waits for a third of its time.
+readonly programs_at_once=${TEST_PROGRAMS_AT_ONCE:-4}
 # No program takes a quarter of it on an idle machine; beyond this one hangs.
 readonly longest_seconds=900
 
@@ -46,7 +46,7 @@ many what_hangs_for_ever_holds_its_own_slot_and_nothing_else
 switch blue_green_fails_no_request_and_recreate_only_while_the_app_stops_and_starts
 "
 # The programs that take longest: begun last, one of them would be alone at the end.
-readonly first="examples failure crash git_servers routes nodes probes rollout secrets switch many proxy"
+readonly first="failure crash git_servers routes nodes probes rollout secrets switch many proxy"
 
 # A line for each run: whether it is to be alone, its package's folder, a name for it,
 # the program, its arguments. Those with a testbed take longer than the others, and
@@ -62,7 +62,7 @@ for line in sys.stdin:
     if message.get("executable") and message.get("profile", {}).get("test"):
         folder = os.path.dirname(message["manifest_path"])
         name, kind = message["target"]["name"], message["target"]["kind"][0]
-        if name == "e2e":
+        if name in ("e2e", "examples"):
             continue
         rank = first.index(name) if name in first else len(first)
         run = (folder, f"{name} ({kind})", message["executable"])

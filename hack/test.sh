@@ -6,8 +6,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Each program brings up a testbed of its own, of about 1 GiB of memory, and waits for a third of its time.
-readonly programs_at_once=${TEST_PROGRAMS_AT_ONCE:-4}
+# Each program brings up a testbed of its own, of about 1 GiB of memory, and waits for a third of its time: more take no less.
+readonly programs_at_once=${TEST_PROGRAMS_AT_ONCE:-3}
 # No program takes a quarter of it on an idle machine; beyond this one hangs.
 readonly longest_seconds=900
 

@@ -812,16 +812,12 @@ impl Apply<'_> {
 /// The last lines that a service has written, where the node keeps a journal: a help for people, so
 /// that none is no error.
 async fn journal_tail(unit: &str, masks: &Masks) -> Option<String> {
-    let mut command = tokio::process::Command::new("journalctl");
-    command
-        .args(["--no-pager", "--quiet", "--output=cat", "--lines=20"])
-        .arg(format!("_SYSTEMD_UNIT={unit}"))
-        .stdin(std::process::Stdio::null())
-        .kill_on_drop(true);
-    let output = tokio::time::timeout(JOURNAL_LIMIT, command.output())
-        .await
-        .ok()?
-        .ok()?;
+    // What a service said right before its end may not be in the journal yet on a busy node.
+    let _ = journalctl(&["--sync".to_owned()]).await;
+    let arguments = ["--no-pager", "--quiet", "--output=cat", "--lines=20"];
+    let mut arguments = arguments.map(str::to_owned).to_vec();
+    arguments.push(format!("_SYSTEMD_UNIT={unit}"));
+    let output = journalctl(&arguments).await?;
     let text = String::from_utf8_lossy(&output.stdout);
     let text: String = text
         .chars()
@@ -833,6 +829,16 @@ async fn journal_tail(unit: &str, masks: &Masks) -> Option<String> {
     let start = (start..text.len()).find(|at| text.is_char_boundary(*at))?;
     let tail = text[start..].trim_end().to_owned();
     (!tail.is_empty()).then_some(tail)
+}
+
+async fn journalctl(arguments: &[String]) -> Option<std::process::Output> {
+    let mut command = tokio::process::Command::new("journalctl");
+    command
+        .args(arguments)
+        .stdin(std::process::Stdio::null())
+        .kill_on_drop(true);
+    let output = tokio::time::timeout(JOURNAL_LIMIT, command.output()).await;
+    output.ok()?.ok()
 }
 
 /// How long the journal may take.

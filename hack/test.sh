@@ -6,7 +6,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Each program brings up a testbed of its own, of about 1 GiB of memory, and waits for a third of its time: more take no less.
+# Each program brings up a testbed of its own, of about 1 GiB of memory. On two
+# processors four or five at once took as long: the processors are the limit then.
 readonly programs_at_once=${TEST_PROGRAMS_AT_ONCE:-3}
 # No program takes a quarter of it on an idle machine; beyond this one hangs.
 readonly longest_seconds=900

@@ -831,6 +831,7 @@ async fn journal_tail(unit: &str, masks: &Masks) -> Option<String> {
     (!tail.is_empty()).then_some(tail)
 }
 
+/// What `journalctl` says; nothing where it cannot be asked, or not in time.
 async fn journalctl(arguments: &[String]) -> Option<std::process::Output> {
     let mut command = tokio::process::Command::new("journalctl");
     command

@@ -46,6 +46,7 @@ check-long: build ## what is too long for `make test`, or needs a package regist
 
 .PHONY: e2e
 e2e: test-programs ## Kari as a cluster has it: image, nodes with a kubelet, helm install, upgrade, rollback, uninstall (as root)
+	cargo test --workspace --locked --test kubelet
 	cargo test --workspace --locked --test e2e -- --nocapture
 	KARI_TESTBED_KUBELET=1 cargo test --workspace --locked $(addprefix --test ,$(tests_in_pods))
 

@@ -359,7 +359,8 @@ impl Drop for Server {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
+// On one thread, so that nothing is fetched between the first want and the last.
+#[tokio::test]
 async fn apps_share_a_fetch_and_a_further_commit_is_fetched_into_the_same_mirror() {
     in_node!();
     let node = Node::new(2).await;

@@ -16,6 +16,9 @@ use testbed::Repository;
 
 const NODE: &str = "n1";
 
+/// Seconds for a probe whose answer is compared: beside other tests a command may take more than one to start.
+const PATIENT: u32 = 10;
+
 /// One Deployment `shop` of Python programs, on one node.
 struct Shop {
     space: Space,
@@ -168,8 +171,10 @@ async fn a_command_that_hangs_is_ended_at_its_timeout_and_nothing_of_it_is_left(
 #[tokio::test]
 async fn a_command_that_is_not_there_is_named_as_such() {
     let mut shop = Shop::new("none", "").await;
-    shop.web()["readinessProbe"] =
-        json!({"exec": {"command": ["no-such-check"]}, "failureThreshold": 1});
+    shop.web()["readinessProbe"] = json!({
+        "exec": {"command": ["no-such-check"]},
+        "periodSeconds": PATIENT, "timeoutSeconds": PATIENT, "failureThreshold": 1,
+    });
     shop.apply().await;
     shop.stalled("ProbeFailed", "no-such-check was not found (exit 127)")
         .await;
@@ -239,7 +244,8 @@ async fn a_liveness_probe_that_always_fails_restarts_ever_later_and_the_deployme
     let mut shop = Shop::new("dead", "").await;
     shop.web()["livenessProbe"] = json!({
         "exec": {"command": ["sh", "-c", "echo cannot tell; exit 4"]},
-        "initialDelaySeconds": 6, "periodSeconds": 1, "failureThreshold": 1,
+        "initialDelaySeconds": 6,
+        "periodSeconds": PATIENT, "timeoutSeconds": PATIENT, "failureThreshold": 1,
     });
     shop.apply().await;
     shop.space.ready_at("shop", &shop.repository.commit).await;
@@ -290,8 +296,10 @@ async fn a_liveness_probe_that_always_fails_restarts_ever_later_and_the_deployme
 #[tokio::test]
 async fn what_is_not_alive_before_it_is_committed_never_is() {
     let mut shop = Shop::new("bake", "").await;
-    shop.web()["livenessProbe"] =
-        json!({"exec": {"command": ["false"]}, "periodSeconds": 1, "failureThreshold": 1});
+    shop.web()["livenessProbe"] = json!({
+        "exec": {"command": ["false"]},
+        "periodSeconds": PATIENT, "timeoutSeconds": PATIENT, "failureThreshold": 1,
+    });
     shop.apply().await;
     shop.stalled(
         "CrashLooping",

@@ -34,6 +34,10 @@ const DNS_LIMIT: Duration = Duration::from_secs(30);
 /// How long an answer of CoreDNS may take, before it is asked again.
 const DNS_ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
+/// How much garbage Go's programs gather before they collect it, in hundredths of what they need: four times the
+/// default spares a tenth of all the processor time of a test, for some 100 MiB of memory.
+const GARBAGE_PERCENT: &str = "400";
+
 /// Where kube-scheduler answers health requests.
 pub const SCHEDULER: SocketAddrV4 = SocketAddrV4::new(network::GATEWAY, 10259);
 
@@ -332,7 +336,7 @@ fn start(
 ) -> Result<Process> {
     let namespace = network::namespace(directory, description)?;
     let mut command: Command = network::command(namespace.as_deref(), program);
-    command.args(arguments);
+    command.args(arguments).env("GOGC", GARBAGE_PERCENT);
     let process = process::start(&command, &description.id, &directory.log(part))?;
     directory.record_process(part, process)?;
     Ok(process)

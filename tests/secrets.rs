@@ -31,12 +31,14 @@ use testbed::Options;
 const NODE: &str = "n1";
 /// Where one test deploys, too.
 const OTHER_NODE: &str = "n2";
+/// Where one test alone deploys: a node's old key goes when nothing that any app has kept names it.
+const KEY_NODE: &str = "n3";
 
 /// All of Kari, talkative: what it logs is searched for secrets.
 async fn space(topic: &str) -> Space {
     let debug = vec!["--log-level=debug".to_owned()];
     let options = Options {
-        nodes: 2,
+        nodes: 3,
         controller_arguments: debug.clone(),
         agent_arguments: debug,
         ..Options::default()
@@ -77,9 +79,13 @@ async fn says_on(space: &Space, node: &str, host: &str, expected: &str) {
 
 /// The main process of a process's only unit that runs.
 async fn main_pid(space: &Space, process: &str) -> String {
+    main_pid_on(space, NODE, process).await
+}
+
+async fn main_pid_on(space: &Space, node: &str, process: &str) -> String {
     let units = format!("kari.{}.shop.{process}.*.service", space.namespace);
     let words = ["systemctl", "show", "--value", "-p", "MainPID", &units];
-    space.on(NODE, &words).await
+    space.on(node, &words).await
 }
 
 async fn release(space: &Space) -> Release {
@@ -125,7 +131,11 @@ async fn suspend(space: &Space, manifest: &mut Value, suspended: bool) {
 
 /// 200 requests a second, as a busy app has them.
 fn traffic(space: &Space, host: &str) -> Traffic {
-    Traffic::start(Lab(space.testbed), space.proxy(NODE), host, 200, 20)
+    traffic_on(space, NODE, host)
+}
+
+fn traffic_on(space: &Space, node: &str, host: &str) -> Traffic {
+    Traffic::start(Lab(space.testbed), space.proxy(node), host, 200, 20)
 }
 
 async fn no_request_failed(traffic: Traffic) {
@@ -209,18 +219,19 @@ async fn another_key_of_the_node_has_all_sealed_anew_and_restarts_nothing() {
     space
         .secret("shop", "Opaque", &[("message", "sealed")])
         .await;
-    space
-        .apply(&manifest_of(&space, &repository.url, &host))
-        .await;
+    let mut manifest = manifest_of(&space, &repository.url, &host);
+    manifest["spec"]["placement"]["nodeSelector"] = json!({"kubernetes.io/hostname": KEY_NODE});
+    space.apply(&manifest).await;
     space.ready_at("shop", &repository.commit).await;
-    let (pid, before) = (main_pid(&space, "web").await, release(&space).await.spec);
-    let traffic = traffic(&space, &host);
-    let said = space.agent(NODE, &["rotate-key"]).await;
+    let pid = main_pid_on(&space, KEY_NODE, "web").await;
+    let before = release_on(&space, KEY_NODE).await.spec;
+    let traffic = traffic_on(&space, KEY_NODE, &host);
+    let said = space.agent(KEY_NODE, &["rotate-key"]).await;
     let said = said.unwrap_or_else(|e| panic!("{e}"));
     let id = said.split_once("key is ").expect(&said).1[..16].to_owned();
     assert_ne!(before.sealed[0].key_id.as_deref(), Some(id.as_str()));
     let after = space
-        .release_until("shop", NODE, "sealed anew", LIMIT, |release| {
+        .release_until("shop", KEY_NODE, "sealed anew", LIMIT, |release| {
             let sealed = &release.spec.sealed[0];
             let status = release.status.clone().unwrap_or_default();
             sealed.key_id.as_deref() == Some(id.as_str())
@@ -232,7 +243,7 @@ async fn another_key_of_the_node_has_all_sealed_anew_and_restarts_nothing() {
     assert_eq!(after.spec.sealed[0].digest, before.sealed[0].digest);
     let applied = format!("/var/lib/kari/apps/{}.shop/applied.json", space.namespace);
     until("what is kept is sealed to the new key", LIMIT, || async {
-        let text = space.on(NODE, &["cat", &applied]).await;
+        let text = space.on(KEY_NODE, &["cat", &applied]).await;
         if text.contains(&id) {
             Ok(())
         } else {
@@ -240,8 +251,8 @@ async fn another_key_of_the_node_has_all_sealed_anew_and_restarts_nothing() {
         }
     })
     .await;
-    assert_eq!(main_pid(&space, "web").await, pid);
-    assert_eq!(space.get(NODE, &host).await, Ok((200, "sealed".into())));
+    assert_eq!(main_pid_on(&space, KEY_NODE, "web").await, pid);
+    assert_eq!(space.get(KEY_NODE, &host).await, Ok((200, "sealed".into())));
     until("enough was asked", LIMIT, || async {
         let good = traffic.tally().good;
         if good > 500 { Ok(()) } else { Err(good) }
@@ -249,14 +260,14 @@ async fn another_key_of_the_node_has_all_sealed_anew_and_restarts_nothing() {
     .await;
     no_request_failed(traffic).await;
     until("the old key is gone", LIMIT, || async {
-        let file = space.on(NODE, &["cat", "/var/lib/kari/node.key"]).await;
+        let file = space.on(KEY_NODE, &["cat", "/var/lib/kari/node.key"]).await;
         let keys: Value = serde_json::from_str(&file).expect("JSON");
         let keys = keys["keys"].as_array().map_or(0, Vec::len);
         if keys == 1 { Ok(()) } else { Err(keys) }
     })
     .await;
     let mode = space
-        .on(NODE, &["stat", "-c", "%a %u", "/var/lib/kari/node.key"])
+        .on(KEY_NODE, &["stat", "-c", "%a %u", "/var/lib/kari/node.key"])
         .await;
     assert_eq!(mode, "600 0");
 }
@@ -406,7 +417,9 @@ async fn what_is_moved_to_another_node_app_or_revision_is_refused_and_harms_noth
     let repository = space.push("shop", files.path());
     space.secret("shop", "Opaque", &[("message", "one")]).await;
     let mut manifest = manifest_of(&space, &repository.url, &host);
-    manifest["spec"]["placement"]["nodeSelector"] = json!({});
+    let both = ["label", "node", NODE, OTHER_NODE, "example.com/moved=here"];
+    space.testbed.kubectl(both).await.expect("labels");
+    manifest["spec"]["placement"]["nodeSelector"] = json!({"example.com/moved": "here"});
     manifest["spec"]["keepReleases"] = json!(0);
     space.apply(&manifest).await;
     space.ready_at("shop", &repository.commit).await;

@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Each program brings up a testbed of its own, of about 1 GiB of memory.
+# Each program brings up a testbed of its own, whose API server alone takes up to 1 GiB of memory.
 readonly most_at_once=${TEST_PROGRAMS_AT_ONCE:-6}
 # Beside this many, a further one begins only where the processors were idle for so many
 # of a hundred parts of so many seconds: programs that wait run beside many others, and

@@ -35,7 +35,7 @@ const DNS_LIMIT: Duration = Duration::from_secs(30);
 const DNS_ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
 /// How much garbage Go's programs gather before they collect it, in hundredths of what they need: four times the
-/// default spares a tenth of all the processor time of a test, for some 100 MiB of memory.
+/// default spares a tenth of all the processor time of a test, for memory.
 const GARBAGE_PERCENT: &str = "400";
 
 /// Where kube-scheduler answers health requests.
